@@ -1,0 +1,51 @@
+# Every target makes what it needs: `make test` on a bare machine creates .venv, installs, and tests.
+#   make quickstart   fine-tune a 135M model on the shipped examples and show the difference
+#   make check        lint, types, import order
+#   make test         the whole suite on the CPU (kernels run in Triton's interpreter)
+#   make gpu          the same suite compiled on a CUDA machine, with the packages that Python already has
+#   make notebooks    execute notebooks/*.py into .ipynb
+#   make perf         measure on a CUDA machine
+# PYTHON names the interpreter that .venv is made from; ARGS is passed on: make test ARGS="-k rms_norm -x"
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+ARGS ?=
+
+.PHONY: quickstart test check gpu notebooks perf
+.DEFAULT_GOAL := check
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python examples/quickstart.py $(ARGS)
+
+# One thread per worker: two workers with two threads each would fight over two cores.
+test: $(VENV)/.installed-test
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=ci $(ARGS)
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest --hypothesis-profile=ci $(ARGS)
+
+notebooks: $(VENV)/.installed-notebooks
+	for f in notebooks/*.py; do $(BIN)/jupytext --to ipynb --execute "$$f" || exit 1; done
+
+perf:
+	PYTHONPATH=. $(PYTHON) perf/run.py $(ARGS)
+
+# pip runs only when the stamp is older than what it was made from.
+$(VENV)/.installed: extra :=
+$(VENV)/.installed-test: extra := [test]
+$(VENV)/.installed-notebooks: extra := [notebooks]
+$(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-notebooks: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "unsloth_core needs Python 3.11 or newer, and $(PYTHON) is not. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }; \
+		$(PYTHON) -m venv $(VENV); }
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".$(extra)"
+	@touch $@
