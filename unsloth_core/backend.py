@@ -1,0 +1,62 @@
+"""Which arithmetic runs: Triton kernels or plain PyTorch. Chosen by the device, overridden by :func:`using`.
+
+    with uc.using("reference"):     # the answer to "is it the kernels?"
+        loss, grads = step(lora, batch)
+"""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from . import device as _device
+
+NAMES = ("triton", "reference")
+_override: ContextVar[str | None] = ContextVar("unsloth_core_backend", default=None)
+
+
+@contextlib.contextmanager
+def using(name: str | None) -> Iterator[None]:
+    """Run every op inside the block with ``"triton"`` or ``"reference"``; ``None`` restores the choice by device.
+
+    Gradients use the backend of their forward, wherever backward is called. Raises ValueError for another name.
+    """
+    if name is not None and name not in NAMES:
+        raise ValueError(f"using: backend {name!r}, expected one of {NAMES}")
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def override() -> str | None:
+    """What :func:`using` has set in this context, or None."""
+    return _override.get()
+
+
+def resolve(where: torch.Tensor | torch.device) -> str:
+    """The backend for a tensor's device: Triton on a GPU or in the interpreter, otherwise the reference.
+
+    Raises RuntimeError when Triton was demanded for the CPU of a process that was not started with TRITON_INTERPRET=1.
+    """
+    device = where if isinstance(where, torch.device) else where.device
+    name = _override.get()
+    if name is None:
+        return "triton" if device.type == "cuda" or _device.interpreting() else "reference"
+    if name == "triton" and device.type != "cuda" and not _device.interpreting():
+        raise RuntimeError(
+            f"using('triton'): tensors are on {device}; Triton needs a CUDA device, or its CPU interpreter: "
+            "start the process with TRITON_INTERPRET=1"
+        )
+    return name
+
+
+@functools.cache
+def reference(op: str) -> Callable[..., Any]:
+    """The plain PyTorch function of an op: ``unsloth_core.reference.<op>.<op>``."""
+    return getattr(importlib.import_module(f"unsloth_core.reference.{op}"), op)

@@ -1,0 +1,1 @@
+"""The kernel toolbox: every op works alone in anyone's PyTorch code, with its hand-derived backward."""
