@@ -58,5 +58,6 @@ def resolve(where: torch.Tensor | torch.device) -> str:
 
 @functools.cache
 def reference(op: str) -> Callable[..., Any]:
-    """The plain PyTorch function of an op: ``unsloth_core.reference.<op>.<op>``."""
-    return getattr(importlib.import_module(f"unsloth_core.reference.{op}"), op)
+    """The plain PyTorch function of an op: ``unsloth_core.reference.<op>.<op>``; ``"file.function"`` where names differ."""
+    file, _, function = op.partition(".")
+    return getattr(importlib.import_module(f"unsloth_core.reference.{file}"), function or file)
