@@ -1,0 +1,540 @@
+"""Differentiation of pure functions: an op is a pair, a layer is a schedule of ops, a policy never changes the numbers.
+
+``custom_vjp(fwd, bwd)`` makes a hand-derived pair differentiable, ``value_and_grad`` and ``vjp`` are JAX's, and ``remat`` runs
+a layer so that only what a policy names is kept between forward and backward. This is the only file that uses
+``torch.autograd.Function``.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from . import backend, tree
+from .tree import ABSENT, Tree
+
+SAVE = "save"
+RECOMPUTE = "recompute"
+Policy = Mapping[str, str]
+
+_tape: ContextVar["_Record | _Replay | None"] = ContextVar("unsloth_core_tape", default=None)
+_report: ContextVar["list[Fate] | None"] = ContextVar("unsloth_core_report", default=None)
+
+
+# ---------------------------------------------------------------------------------------------------------------- ops
+
+
+def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the pair ``f_fwd``, ``f_bwd`` a differentiable op ``f`` (the contract is DESIGN's: see CONTRIBUTING).
+
+    ``fwd(*args, needs, **statics) -> (out, residuals)`` and ``bwd(residuals, cotangent, *, needs, **statics)`` -> one gradient
+    per argument, ABSENT where there is none. Arguments are trees of tensors, statics are keyword-only. ``needs`` mirrors the
+    arguments with booleans. The op accepts ``name=``, by which policies and reports know the call, and carries its pair as
+    ``f.fwd`` and ``f.bwd`` for schedules that call them directly. With the reference backend the plain PyTorch function of the
+    same name runs under PyTorch's own autograd.
+    """
+    op_name = fwd.__name__.removesuffix("_fwd")
+    signature = inspect.signature(fwd)
+    parameters = [p for p in signature.parameters.values() if p.name != "needs"]
+    arguments = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    statics = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    positions = {p.name: i for i, p in enumerate(arguments)}
+
+    def bind(args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
+        """Arguments in order, however they were given; what is left in ``keywords`` are the statics."""
+        if len(args) == len(arguments) and not keywords:
+            return args
+        values = [*args, *(p.default for p in arguments[len(args) :])]
+        for key in [k for k in keywords if k in positions]:
+            if positions[key] < len(args):
+                raise TypeError(f"{op_name}: got two values for argument {key!r}")
+            values[positions[key]] = keywords.pop(key)
+        if len(values) > len(arguments) or inspect.Parameter.empty in values:
+            wanted = ", ".join(positions)
+            raise TypeError(f"{op_name}: got {len(args)} positional arguments, expected ({wanted})")
+        if unknown := keywords.keys() - statics:
+            raise TypeError(f"{op_name}: unknown option {sorted(unknown)[0]!r}, expected one of {sorted(statics)}")
+        return tuple(values)
+
+    def op(*args: Any, name: str = op_name, **keywords: Any) -> Any:
+        args = bind(args, keywords)
+        leaves, specs = _flatten(args)
+        if not leaves:
+            raise TypeError(f"{op_name}: expected a tensor, got {type(args[0]).__name__ if args else 'nothing'}")
+        tape = _tape.get()
+        reference = backend.reference(op_name) if backend.resolve(leaves[0]) == "reference" else None
+        if reference is not None and (tape is None or tape.runs(name)):
+            return reference(*args, **keywords)
+        pair = (fwd, bwd) if reference is None else _derived(reference)
+        call = _Call(name, pair, specs, keywords, tape)
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+            return _Op.apply(call, *leaves)
+        return call.forward(leaves, tape.needs(name, leaves) if tape else [False] * len(leaves))[0]
+
+    def op_fwd(*args: Any, needs: Tree, **keywords: Any) -> tuple[Any, Tree]:
+        leaves, _ = _flatten(args)
+        pair = _derived(backend.reference(op_name)) if backend.resolve(leaves[0]) == "reference" else (fwd, bwd)
+        return pair[0](*args, needs=needs, **keywords)
+
+    def op_bwd(residuals: Tree, cotangent: Any, *, needs: Tree, **keywords: Any) -> tuple[Any, ...]:
+        pair = _derived(backend.reference(op_name)) if isinstance(residuals, _Rerun) else (fwd, bwd)
+        return pair[1](residuals, cotangent, needs=needs, **keywords)
+
+    shown = [*parameters, inspect.Parameter("name", inspect.Parameter.KEYWORD_ONLY, default=op_name)]
+    op.__signature__ = signature.replace(parameters=shown, return_annotation=inspect.Signature.empty)  # type: ignore
+    op.__name__ = op.__qualname__ = op_name
+    op.__module__, op.__doc__ = fwd.__module__, fwd.__doc__
+    op.fwd, op.bwd = op_fwd, op_bwd  # type: ignore[attr-defined]
+    return op
+
+
+def _flatten(args: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+    """Leaves and one spec per argument; tensors and ABSENT, the usual case, need no tree machinery."""
+    leaves: list[Tensor] = []
+    specs: list[Any] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            leaves.append(arg)
+            specs.append(None)
+        elif arg is ABSENT:
+            specs.append(ABSENT)
+        else:
+            below, spec = tree.flatten(arg)
+            leaves += below
+            specs.append(spec)
+    return leaves, specs
+
+
+def _unflatten(leaves: Sequence[Any], specs: Sequence[Any]) -> tuple[Any, ...]:
+    args, at = [], 0
+    for spec in specs:
+        if spec is None:
+            args.append(leaves[at])
+            at += 1
+        elif spec is ABSENT:
+            args.append(ABSENT)
+        else:
+            args.append(tree.unflatten(list(leaves[at : at + spec.num_leaves]), spec))
+            at += spec.num_leaves
+    return tuple(args)
+
+
+class _Call:
+    """One call of an op: everything that forward resolved and backward must find unchanged, in whatever thread it runs."""
+
+    __slots__ = ("name", "pair", "specs", "statics", "tape")
+
+    def __init__(self, name: str, pair: Any, specs: list[Any], statics: dict[str, Any], tape: Any) -> None:
+        self.name, self.pair, self.specs, self.statics, self.tape = name, pair, specs, statics, tape
+
+    def forward(self, leaves: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Any, Tree]:
+        args, tree_of_needs = _unflatten(leaves, self.specs), _unflatten(needs, self.specs)
+        if self.tape is None:
+            return self.pair[0](*args, needs=tree_of_needs, **self.statics)
+        return self.tape(self.name, leaves, lambda: self.pair[0](*args, needs=tree_of_needs, **self.statics))
+
+    def backward(self, residuals: Tree, cotangent: Any, needs: Sequence[bool]) -> list[Tensor | None]:
+        tree_of_needs = _unflatten(needs, self.specs)
+        gradients = self.pair[1](residuals, cotangent, needs=tree_of_needs, **self.statics)
+        flat = [g for one, need in zip(gradients, tree_of_needs, strict=True) for g in tree.broadcast(one, need)]
+        return [g if need and g is not ABSENT else None for g, need in zip(flat, needs, strict=True)]
+
+
+class _Op(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *leaves: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        out, residuals = call.forward(leaves, ctx.needs_input_grad[1:])
+        kept, ctx.residual_spec = tree.flatten(residuals)
+        ctx.save_for_backward(*kept)
+        ctx.call, ctx.several = call, isinstance(out, tuple)
+        if (fates := _report.get()) is not None:
+            outputs = out if ctx.several else (out,)
+            fresh = [t for t in kept if not any(t is leaf for leaf in leaves)]
+            extra = sum(t.nbytes for t in fresh if not any(t is o for o in outputs))
+            fates.append(Fate(call.name, SAVE, sum(t.nbytes for t in outputs) + extra))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        given = tuple(ABSENT if ct is None else ct for ct in cotangents)
+        needs = ctx.needs_input_grad[1:]
+        if not any(ct is not ABSENT for ct in given):
+            return (None, *[None] * len(needs))
+        residuals = tree.unflatten(list(ctx.saved_tensors), ctx.residual_spec)
+        return (None, *ctx.call.backward(residuals, given if ctx.several else given[0], needs))
+
+
+@tree.pytree
+class _Rerun:
+    """Residuals of a derived pair: the arguments, from which backward runs the reference again."""
+
+    args: tuple[Any, ...]
+
+
+def _derived(reference: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A pair made of a plain PyTorch function, for schedules that need one with the reference backend."""
+
+    def fwd(*args: Any, needs: Tree, **statics: Any) -> tuple[Any, _Rerun]:
+        return reference(*args, **statics), _Rerun(args=args)
+
+    def bwd(residuals: _Rerun, cotangent: Any, *, needs: Tree, **statics: Any) -> tuple[Any, ...]:
+        leaves, specs = _flatten(residuals.args)
+        wanted = [need is True for one, arg in zip(needs, residuals.args, strict=True) for need in tree.broadcast(one, arg)]
+        inputs = [leaf.detach().requires_grad_() if want else leaf for leaf, want in zip(leaves, wanted, strict=True)]
+        with torch.enable_grad():
+            out = reference(*_unflatten(inputs, specs), **statics)
+        found = _gradients(out, [x for x, want in zip(inputs, wanted, strict=True) if want], cotangent)
+        return _unflatten([next(found) if want else ABSENT for want in wanted], specs)
+
+    return fwd, bwd
+
+
+def _gradients(out: Any, inputs: list[Tensor], cotangent: Any) -> Iterator[Any]:
+    """``torch.autograd.grad`` for outputs of which some got no cotangent; ABSENT for an input that plays no part."""
+    outputs, given = (out, cotangent) if isinstance(out, tuple) else ((out,), (cotangent,))
+    pairs = [(o, ct) for o, ct in zip(outputs, given, strict=True) if ct is not ABSENT and o.requires_grad]
+    if not pairs or not inputs:
+        return iter([ABSENT] * len(inputs))
+    found = torch.autograd.grad([o for o, _ in pairs], inputs, [ct for _, ct in pairs], allow_unused=True)
+    return iter([ABSENT if g is None else g for g in found])
+
+
+# --------------------------------------------------------------------------------------------------- transformations
+
+
+def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
+    """``g(params, *args) -> (value, gradients)``; with ``has_aux``, f returns (value, aux) and g ((value, aux), gradients).
+
+    ``f`` returns a 0-d tensor. Gradients form a tree like ``params``, in each leaf's dtype; leaves that are not floating point
+    are ABSENT, leaves that f does not use are zero. Pure: nothing is accumulated into ``.grad``.
+    """
+
+    def g(params: Tree, *args: Any, **keywords: Any) -> tuple[Any, Tree]:
+        leaves, spec = tree.flatten(params)
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in leaves]
+            result = f(tree.unflatten(inputs, spec), *args, **keywords)
+            value, aux = result if has_aux else (result, None)
+            if not isinstance(value, Tensor) or value.ndim != 0:
+                raise ValueError(f"value_and_grad: f returned {_describe(value)}, expected a 0-d tensor")
+            wanted = [x for x in inputs if x.requires_grad]
+            found = iter(torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True))
+        gradients = tree.unflatten([next(found) if x.requires_grad else ABSENT for x in inputs], spec)
+        value = value.detach()
+        return ((value, tree.map(_detach, aux)) if has_aux else value), gradients
+
+    return g
+
+
+def vjp(f: Callable[..., Any], *args: Tree) -> tuple[Any, Callable[..., tuple[Tree, ...]]]:
+    """``(out, pullback)``: the value of ``f(*args)`` and a function from a cotangent to one gradient per argument.
+
+    The pullback may be called any number of times.
+    """
+    leaves, spec = tree.flatten(args)
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in leaves]
+        out = f(*tree.unflatten(inputs, spec))
+    wanted = [x for x in inputs if x.requires_grad]
+
+    def pullback(cotangent: Any) -> tuple[Tree, ...]:
+        outputs, given = tree.leaves(out), tree.leaves(cotangent)
+        found = iter(torch.autograd.grad(outputs, wanted, given, True, allow_unused=True, materialize_grads=True))
+        return tree.unflatten([next(found) if x.requires_grad else ABSENT for x in inputs], spec)
+
+    return tree.map(_detach, out), pullback
+
+
+def _detach(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+# ----------------------------------------------------------------------------------------------------- rematerialisation
+
+
+def remat(fn: Callable[..., Any], policy: Policy | None) -> Callable[..., Any]:
+    """Run ``fn(*args)`` so that between forward and backward only its arguments and what ``policy`` names are kept.
+
+    ``policy`` maps op calls (their ``name=``) to SAVE or RECOMPUTE; a call that is not named is recomputed. SAVE keeps what
+    the call produced: its outputs, and residuals that are not arguments. Forward runs without autograd and records; a reverse
+    liveness pass marks every call saved, run or dead (nobody needs its output again); backward replays the layer once under
+    autograd. Gradients are bitwise those of ``policy=None``, which is plain autograd. ``fn`` must be a function of its
+    arguments alone, made of ops and views: a closed-over tensor that wants a gradient is refused with ValueError, as is a
+    name in the policy that no call has. ``torch.utils.checkpoint`` would keep the same sets, but replays dead calls.
+    """
+    if policy is None:
+        return fn
+    for name, fate in policy.items():
+        if fate not in (SAVE, RECOMPUTE):
+            raise ValueError(f"remat: policy[{name!r}] is {fate!r}, expected {SAVE!r} or {RECOMPUTE!r}")
+
+    def layer(*args: Tree) -> Any:
+        leaves, spec = tree.flatten(args)
+        if not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
+            return fn(*args)
+        if _tape.get() is not None:
+            raise ValueError("remat: called inside another remat; one layer at a time")
+        plan = _Plan(fn, spec, policy, backend.override())
+        out = _Layer.apply(plan, *leaves)
+        return tree.unflatten(list(out) if isinstance(out, tuple) else [out], plan.out_spec)
+
+    return layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Fate:
+    """What a forward pass keeps of one op call: ``fate`` is saved, recomputed or dead; bytes kept until backward."""
+
+    name: str
+    fate: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualReport:
+    """Rows in the order of the calls; ``str()`` is a table summed over calls of one name."""
+
+    rows: tuple[Fate, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, str], tuple[int, int]] = {}
+        for row in self.rows:
+            calls, total = groups.get((row.name, row.fate), (0, 0))
+            groups[row.name, row.fate] = (calls + 1, total + row.bytes)
+        lines = [f"{'call':<24}{'fate':<12}{'calls':>6}{'MiB kept':>12}"]
+        for (name, fate), (calls, total) in groups.items():
+            lines.append(f"{name:<24}{fate:<12}{calls:>6}{total / 2**20:>12.2f}")
+        return "\n".join([*lines, f"{'total':<42}{self.bytes / 2**20:>12.2f}"])
+
+
+def residual_report(fn: Callable[..., Any], *args: Tree) -> ResidualReport:
+    """What ``fn(*args)`` keeps between forward and backward, call by call (inputs of a layer count under "layer input").
+
+    Runs the forward pass once, with gradients for every floating-point leaf of the first argument.
+    """
+    leaves, spec = tree.flatten(args[0])
+    inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in leaves]
+    rows: list[Fate] = []
+    token = _report.set(rows)
+    try:
+        with torch.enable_grad():
+            fn(tree.unflatten(inputs, spec), *args[1:])
+    finally:
+        _report.reset(token)
+    return ResidualReport(tuple(rows))
+
+
+@dataclasses.dataclass
+class _Plan:
+    fn: Callable[..., Any]
+    spec: Any
+    policy: Policy
+    backend: str | None
+    out_spec: Any = None
+
+
+@dataclasses.dataclass
+class _Entry:
+    """One recorded call. ``residuals`` codes each leaf as ("arg", i), ("out", i) or the fresh tensor itself."""
+
+    name: str
+    keep: bool
+    several: bool
+    outputs: list[Any]  # tensors when kept, (shape, dtype) otherwise
+    residuals: list[Any] | None  # None: they must be rebuilt by running the call
+    residual_spec: Any
+    reads: set[int]  # storages of the arguments, of the outputs, of residuals that are arguments
+    makes: set[int]
+    needs: set[int]
+    fate: str = "run"
+
+
+class _Record:
+    """The tape of a layer's forward pass: notes what every op call read and made, and keeps what the policy names."""
+
+    def __init__(self, policy: Policy, frozen: Sequence[Tensor]) -> None:
+        self.policy = policy
+        self.entries: list[_Entry] = []
+        self._seen: dict[int, StorageWeakRef] = {}
+        self._frozen = self._storages(frozen)
+
+    def runs(self, name: str) -> bool:
+        return False
+
+    def needs(self, name: str, leaves: Sequence[Tensor]) -> list[bool]:
+        """Any argument may want a gradient, except the layer's own frozen ones."""
+        for leaf in leaves:
+            if leaf.requires_grad:
+                raise ValueError(
+                    f"remat: op {name!r} got a tensor that wants a gradient through a closure; pass it as an argument"
+                )
+        return [leaf.is_floating_point() and not (self._storages([leaf]) & self._frozen) for leaf in leaves]
+
+    def __call__(self, name: str, leaves: Sequence[Tensor], run: Callable[[], tuple[Any, Tree]]) -> tuple[Any, Tree]:
+        out, residuals = run()
+        outputs = list(out) if isinstance(out, tuple) else [out]
+        kept, spec = tree.flatten(residuals)
+        codes = [_code(t, leaves, outputs) for t in kept]
+        keep = self.policy.get(name) == SAVE
+        rebuilt = any(isinstance(code, Tensor) or code[0] == "out" for code in codes)
+        self.entries.append(
+            _Entry(
+                name=name,
+                keep=keep,
+                several=isinstance(out, tuple),
+                outputs=outputs if keep else [(o.shape, o.dtype) for o in outputs],
+                residuals=codes if keep or not rebuilt else None,
+                residual_spec=spec,
+                reads=self._storages(leaves),
+                makes=self._storages(outputs),
+                needs=self._storages([leaves[c[1]] for c in codes if not isinstance(c, Tensor) and c[0] == "arg"]),
+            )
+        )
+        return out, residuals
+
+    def _storages(self, tensors: Sequence[Tensor]) -> set[int]:
+        """Identities of storages. A weak reference to each is held, so that none is given out twice while we record."""
+        found = set()
+        for t in tensors:
+            storage = t.untyped_storage()
+            self._seen.setdefault(storage._cdata, StorageWeakRef(storage))
+            found.add(storage._cdata)
+        return found
+
+    def finish(self, final: Sequence[Tensor]) -> list[_Entry]:
+        """Reverse liveness: a call runs again only if somebody reads what it makes, or its own backward needs it."""
+        names = {entry.name for entry in self.entries}
+        if unknown := sorted(set(self.policy) - names):
+            raise ValueError(f"remat: policy names {unknown}, but the calls of this layer are {sorted(names)}")
+        seen_by_ops = set().union(*(entry.reads for entry in self.entries)) if self.entries else set()
+        returned = self._storages(final)
+        wanted: set[int] = set()
+        for entry in reversed(self.entries):
+            read_outside_ops = not (entry.makes & seen_by_ops) and not (entry.makes & returned)
+            if entry.keep:
+                entry.fate = "saved"
+            elif entry.makes & wanted or read_outside_ops or entry.residuals is None:
+                entry.fate = "run"
+                wanted |= entry.reads
+            else:
+                entry.fate = "dead"
+            wanted |= entry.needs
+        return self.entries
+
+
+def _code(residual: Any, leaves: Sequence[Tensor], outputs: Sequence[Tensor]) -> Any:
+    for kind, pool in (("arg", leaves), ("out", outputs)):
+        for i, t in enumerate(pool):
+            if t is residual:
+                return (kind, i)
+    return residual
+
+
+class _Replay:
+    """The tape of a layer's backward pass: hands out what was saved, runs the rest, in the recorded order."""
+
+    def __init__(self, entries: Sequence[_Entry], tensors: Sequence[Tensor]) -> None:
+        self.entries, self.tensors, self.at = entries, tensors, 0
+
+    def _next(self, name: str) -> _Entry:
+        if self.at == len(self.entries) or self.entries[self.at].name != name:
+            recorded = self.entries[self.at].name if self.at < len(self.entries) else "the end"
+            raise RuntimeError(f"remat: replay diverged, forward recorded {recorded!r} where backward calls {name!r}")
+        self.at += 1
+        return self.entries[self.at - 1]
+
+    def runs(self, name: str) -> bool:
+        """For the reference backend: take this call off the tape if it is to be run by plain autograd."""
+        run = self.at < len(self.entries) and self.entries[self.at].fate == "run"
+        if run:
+            self._next(name)
+        return run
+
+    def needs(self, name: str, leaves: Sequence[Tensor]) -> list[bool]:
+        return [False] * len(leaves)
+
+    def __call__(self, name: str, leaves: Sequence[Tensor], run: Callable[[], tuple[Any, Tree]]) -> tuple[Any, Tree]:
+        entry = self._next(name)
+        if entry.fate == "run":
+            return run()
+        if entry.fate == "saved":
+            outputs = [self.tensors[slot].detach() for slot in entry.outputs]
+        else:  # never read; NaN in case that is wrong
+            nan = torch.full((), float("nan"), device=leaves[0].device)
+            outputs = [nan.to(dtype).expand(shape) for shape, dtype in entry.outputs]
+        pools = {"arg": leaves, "out": outputs, "kept": self.tensors}
+        residuals = tree.unflatten([pools[kind][i] for kind, i in entry.residuals or ()], entry.residual_spec)
+        return (tuple(outputs) if entry.several else outputs[0]), residuals
+
+
+@contextlib.contextmanager
+def _taping(tape: _Record | _Replay) -> Iterator[None]:
+    token = _tape.set(tape)
+    try:
+        yield
+    finally:
+        _tape.reset(token)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, *leaves: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        frozen = [leaf for leaf, need in zip(leaves, ctx.needs_input_grad[1:], strict=True) if not need]
+        tape = _Record(plan.policy, frozen)
+        with _taping(tape):
+            out = plan.fn(*tree.unflatten([leaf.detach() for leaf in leaves], plan.spec))
+        outputs, plan.out_spec = tree.flatten(out)
+        entries = tape.finish(outputs)
+        kept: list[Tensor] = []
+
+        def keep(t: Tensor) -> int:
+            kept.append(t)
+            return len(kept) - 1
+
+        for entry in entries:
+            if entry.fate == "saved":
+                entry.outputs = [keep(o) for o in entry.outputs]
+            if entry.residuals is not None:
+                entry.residuals = [("kept", keep(c)) if isinstance(c, Tensor) else c for c in entry.residuals]
+        ctx.plan, ctx.entries, ctx.inputs = plan, entries, len(leaves)
+        ctx.save_for_backward(*leaves, *kept)
+        if (fates := _report.get()) is not None:
+            moving = [leaf for leaf, need in zip(leaves, ctx.needs_input_grad[1:], strict=True) if need and not leaf.is_leaf]
+            fates.append(Fate("layer input", SAVE, sum(t.nbytes for t in moving)))
+            for entry in entries:
+                slots = [*entry.outputs, *[i for kind, i in entry.residuals or () if kind == "kept"]]
+                size = sum(kept[slot].nbytes for slot in slots) if entry.fate == "saved" else 0
+                fates.append(Fate(entry.name, {"run": RECOMPUTE, "saved": SAVE}.get(entry.fate, entry.fate), size))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        saved, plan = ctx.saved_tensors, ctx.plan
+        needs = ctx.needs_input_grad[1:]
+        inputs = [x.detach().requires_grad_(need) for x, need in zip(saved[: ctx.inputs], needs, strict=True)]
+        # The engine's threads do not see the user's context: the backend of forward is set again here.
+        with torch.enable_grad(), backend.using(plan.backend), _taping(_Replay(ctx.entries, saved[ctx.inputs :])):
+            out = plan.fn(*tree.unflatten(inputs, plan.spec))
+        given = tuple(ABSENT if ct is None else ct for ct in cotangents)
+        found = _gradients(tuple(tree.leaves(out)), [x for x in inputs if x.requires_grad], given)
+        gradients = [next(found) if need else ABSENT for need in needs]
+        return (None, *[None if g is ABSENT else g for g in gradients])
