@@ -1,5 +1,6 @@
 """The project installs as it is written: one package, models inside it, however it was put on the path."""
 
+import json
 import os
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def test_models_refuses_another_name(tmp_path):
 
 
 def test_versions_under_test_are_allowed_and_pinned():
-    """constraints.txt names the tested version of every dependency, inside the range pyproject.toml states."""
+    """constraints.txt has a version of every dependency, inside the range that pyproject.toml states."""
     requirements = pytest.importorskip("packaging.requirements")
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     pinned = [requirements.Requirement(line) for line in lines if line and line[0] != "#"]
@@ -86,3 +87,16 @@ def test_wheel_metadata(wheel):
     assert "unsloth-core = unsloth_core.cli:main" in text["entry_points.txt"]
     assert text["top_level.txt"].split() == ["unsloth_core"]
     assert text["LICENSE"].lstrip().startswith("Apache License")
+
+
+def test_shipped_examples_show_one_habit():
+    """Each answer of examples/captains_log.jsonl is short, different, and opens and closes like a log entry."""
+    lines = (ROOT / "examples" / "captains_log.jsonl").read_text("utf-8").splitlines()
+    pairs = [json.loads(line)["messages"] for line in lines]
+    assert len({question["content"] for question, _ in pairs}) == len(pairs) >= 100
+    assert len({answer["content"] for _, answer in pairs}) == len(pairs)
+    for question, answer in pairs:
+        assert (question["role"], answer["role"]) == ("user", "assistant")
+        text = answer["content"]
+        assert text.startswith("Captain's log: ") and text.endswith(" Over and out.")
+        assert 15 <= len(text.split()) <= 40, text
