@@ -1,7 +1,20 @@
-"""The model families, one readable file each. Installed and imported as `unsloth_core.models`."""
+"""The model families, one readable file each. Installed and imported as ``unsloth_core.models``."""
+
+import importlib
+from types import ModuleType
+from typing import Any
 
 if __name__ != "unsloth_core.models":
     # Imported as plain `models` too, every class here would exist twice, and isinstance would lie.
-    raise ImportError(
-        f"models: imported as {__name__!r}, expected 'unsloth_core.models'; import that"
-    )
+    raise ImportError(f"models: imported as {__name__!r}, expected 'unsloth_core.models'; import that")
+
+# model_type of config.json -> the family file that computes it.
+FAMILIES = {"llama": "llama"}
+
+
+def family_of(config: dict[str, Any]) -> ModuleType:
+    """The family module for a raw ``config.json``. Raises ValueError naming the model types there are."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"config.json: model_type {model_type!r}, supported: {sorted(FAMILIES)}")
+    return importlib.import_module(f"{__name__}.{FAMILIES[model_type]}")

@@ -1,0 +1,53 @@
+"""Reading ``config.json`` strictly: every field is handled, known to be harmless, or refused by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Fields that say nothing about the function the model computes.
+IGNORED = frozenset(
+    """
+    _name_or_path architectures auto_map bos_token_id dtype eos_token_id initializer_range is_llama_config model_type
+    pad_token_id pretraining_tp quantization_config torch_dtype transformers.js_config transformers_version unsloth_fixed
+    unsloth_version use_cache
+    """.split()
+)
+# Read by Rotary.from_hf, in both spellings (facts of transformers 4 and 5).
+ROTARY = frozenset("rope_theta rope_scaling rope_parameters partial_rotary_factor rope_local_base_freq".split())
+_REQUIRED = object()
+
+
+class ConfigReader:
+    """Hands out the fields of a raw ``config.json`` and remembers which; :meth:`finish` refuses what nobody asked for."""
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        self.raw = raw
+        self._where = f"config.json (model_type {raw.get('model_type')!r})"
+        self._taken = set(IGNORED | ROTARY)
+
+    def take(self, name: str, default: Any = _REQUIRED) -> Any:
+        """The field, or the default when it is absent or null. Raises ValueError for a missing field without a default."""
+        self._taken.add(name)
+        value = self.raw.get(name)
+        if value is None:
+            if default is _REQUIRED:
+                raise ValueError(f"{self._where}: field {name!r} is missing")
+            return default
+        return value
+
+    def size(self, name: str, default: Any = _REQUIRED) -> int:
+        """A positive integer field."""
+        value = self.take(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{self._where}: field {name!r} is {value!r}, expected a positive integer")
+        return value
+
+    def expect(self, name: str, *allowed: Any) -> None:
+        """A field that may only have one of these values (or be absent)."""
+        self._taken.add(name)
+        if name in self.raw and self.raw[name] not in allowed:
+            raise ValueError(f"{self._where}: field {name!r} is {self.raw[name]!r}, supported: {list(allowed)}")
+
+    def finish(self) -> None:
+        """Raises ValueError naming the fields that were neither read nor known to be harmless."""
+        if unknown := sorted(set(self.raw) - self._taken):
+            raise ValueError(f"{self._where}: fields that no one handles: {', '.join(unknown)}")

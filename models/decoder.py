@@ -1,0 +1,155 @@
+"""The decoder that all families share: embed -> layers -> norm -> head or loss, over one packed axis of tokens.
+
+A family gives ``embed``, ``pre``, ``post``, ``final`` and ``spec``; only attention mixes tokens, so packing, batches, remat and
+cached decoding are loops around the same functions.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unsloth_core import backend
+from unsloth_core.autodiff import SAVE, Policy, remat
+from unsloth_core.cache import Cache
+from unsloth_core.ops.attention import attention
+from unsloth_core.ops.linear import linear
+from unsloth_core.ops.linear_cross_entropy import linear_cross_entropy
+from unsloth_core.rotary import Rotary
+from unsloth_core.segments import Segments
+from unsloth_core.tree import ABSENT
+
+if TYPE_CHECKING:
+    from unsloth_core.data import Batch
+    from unsloth_core.tokenizer import Tokenizer
+
+
+class AttentionSpec(NamedTuple):
+    """How one layer attends; everything but ``rope`` is handed to the attention op."""
+
+    scale: float
+    rope: Rotary
+    window: int | None = None
+    softcap: float | None = None
+
+    @property
+    def statics(self) -> dict[str, Any]:
+        return {"scale": self.scale, "window": self.window, "softcap": self.softcap}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A family's pure functions bound to a config and a tokenizer; the weights are always an argument."""
+
+    family: ModuleType
+    config: Any
+    tokenizer: "Tokenizer | None" = None
+    source: str = ""  # where it was loaded from
+
+    def logits(self, params: Any, tokens_BT: Tensor) -> Tensor:
+        """(B, T) token ids -> (B, T, V) logits in the dtype of the weights, causal within each row."""
+        if tokens_BT.ndim != 2:
+            raise ValueError(f"logits: tokens_BT has shape {tuple(tokens_BT.shape)}, expected (B, T)")
+        length = tokens_BT.shape[1]
+        positions_N = torch.arange(length, device=tokens_BT.device).repeat(tokens_BT.shape[0])
+        segments = Segments.uniform(*tokens_BT.shape, device=tokens_BT.device)
+        x_ND = hidden(self.family, params, tokens_BT.flatten(), positions_N, segments, max_position=length - 1)
+        return head_logits(params, x_ND).unflatten(0, tuple(tokens_BT.shape))
+
+    def loss(
+        self, params: Any, batch: "Batch", *, count: Tensor | None = None, key: Tensor | None = None,
+        policy: Policy | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """``(loss, aux)``: cross-entropy summed over the batch's targets, divided by ``count``.
+
+        ``count``: 0-d device tensor; default the batch's own number of targets. Giving the count of a larger batch makes
+        gradients of microbatches add up to that batch's. ``key``: for random ops; no family has any yet. ``policy``: what each
+        layer keeps for backward (see :func:`unsloth_core.autodiff.remat`); None keeps every product's and attention's output.
+        aux: ``loss_sum`` and ``count``, 0-d fp32.
+        """
+        if key is not None:
+            raise ValueError(f"loss: key was given, but no op of family {self.family.__name__} is random")
+        x_ND = hidden(
+            self.family, params, batch.tokens_N, batch.positions_N, batch.segments,
+            max_position=batch.max_position, policy=policy,
+        )  # fmt: skip
+        head_VD = params.embed if params.head is ABSENT else params.head
+        total = linear_cross_entropy(
+            x_ND, head_VD, batch.targets_M, batch.target_rows_M, softcap=self.config.logit_softcap, name="loss"
+        )
+        count = batch.count if count is None else count
+        return total / count, {"loss_sum": total, "count": count}
+
+
+def hidden(
+    family: ModuleType, params: Any, tokens_N: Tensor, positions_N: Tensor, segments: Segments, *,
+    max_position: int, policy: Policy | None = None,
+) -> Tensor:  # fmt: skip
+    """The normed hidden state (N, D) of every token of a packed buffer; ``max_position``: host bound on positions."""
+    cfg = params.config
+    if policy is None and backend.resolve(tokens_N) == "triton":
+        policy = {name: SAVE for name in family.SAVED}
+    rotations = tables(family, cfg, positions_N, max_position, dtype=torch.float32)
+    x_ND = family.embed(params, tokens_N, cfg)
+    for i, w in enumerate(params.layers):
+        attend = family.spec(cfg, i)
+        x_ND, _ = remat(layer(family, cfg, attend), policy)(w, x_ND, rotations[attend.rope], segments)
+    return family.final(params, x_ND, cfg)
+
+
+def hidden_cached(
+    family: ModuleType, params: Any, tokens_N: Tensor, positions_N: Tensor, q_segments: Segments, cache: Cache, *,
+    max_position: int,
+) -> tuple[Tensor, Cache]:  # fmt: skip
+    """Like :func:`hidden` for new tokens of cached sequences (a prompt, or one token each); appends to the cache.
+
+    Token i of q-segment b is stored behind what sequence b holds already. The cache is donated: use the one returned.
+    """
+    cfg = params.config
+    rotations = tables(family, cfg, positions_N, max_position, dtype=torch.float32)
+    slots_N, cache = cache.extend(q_segments, tokens_N.shape[0])
+    kv_segments = cache.segments()
+    x_ND = family.embed(params, tokens_N, cfg)
+    for i, w in enumerate(params.layers):
+        attend = family.spec(cfg, i)
+        q_NHK, k_NGK, v_NGK = family.pre(w, x_ND, rotations[attend.rope], cfg)
+        k_MGK, v_MGK = cache.append(i, slots_N, k_NGK, v_NGK)
+        o_NHK = attention(q_NHK, k_MGK, v_MGK, q_segments, kv_segments, name="attn", **attend.statics)
+        x_ND, _ = family.post(w, x_ND, o_NHK, cfg)
+    return family.final(params, x_ND, cfg), cache
+
+
+def layer(family: ModuleType, cfg: Any, attend: AttentionSpec) -> Callable[..., tuple[Tensor, Any]]:
+    """One layer as a function of its weights, the stream, the rotation and the segments: what ``remat`` takes."""
+
+    def run(w: Any, x_ND: Tensor, rot: tuple[Tensor, Tensor], segments: Segments) -> tuple[Tensor, Any]:
+        q_NHK, k_NGK, v_NGK = family.pre(w, x_ND, rot, cfg)
+        o_NHK = attention(q_NHK, k_NGK, v_NGK, segments, segments, name="attn", **attend.statics)
+        return family.post(w, x_ND, o_NHK, cfg)
+
+    return run
+
+
+def tables(
+    family: ModuleType, cfg: Any, positions_N: Tensor, max_position: int, *, dtype: torch.dtype
+) -> dict[Rotary, tuple[Tensor, Tensor]]:
+    """cos and sin (N, J) for every kind of rotation that the layers use; most families have one."""
+    kinds = {family.spec(cfg, i).rope for i in range(cfg.num_hidden_layers)}
+    return {kind: kind.table(positions_N, max_position=max_position, dtype=dtype) for kind in kinds}
+
+
+def head_logits(params: Any, x_ND: Tensor) -> Tensor:
+    """(N, D) normed hidden states -> (N, V) logits, capped where the family caps them."""
+    logits_NV = linear(x_ND, params.embed if params.head is ABSENT else params.head, name="head")
+    cap = params.config.logit_softcap
+    return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
+
+
+def split_heads(qkv: Tensor, cfg: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A stacked product (N, Q + 2R) as views q (N, H, K), k (N, G, K), v (N, G, K)."""
+    heads, kv_heads, size = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+    q, k, v = qkv.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
+    return q.unflatten(-1, (heads, size)), k.unflatten(-1, (kv_heads, size)), v.unflatten(-1, (kv_heads, size))

@@ -1,0 +1,137 @@
+"""Llama 2, 3, 3.1, 3.2 and 3.3, and what shares their shape: SmolLM2, TinyLlama, Yi, DeepSeek-R1-Distill-Llama.
+
+The plain decoder that the other families differ from: RMSNorm before each half, grouped-query attention with rotary
+positions, a SwiGLU MLP, and a residual add in the epilogue of the product that makes the addend. Source: Touvron et al.
+2023 (arXiv 2302.13971, 2307.09288), the Llama 3 report (2407.21783), and ``transformers``' modeling_llama for the rounding.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from unsloth_core.ops.embedding import embedding
+from unsloth_core.ops.glu import glu
+from unsloth_core.ops.linear import linear
+from unsloth_core.ops.rms_norm import rms_norm
+from unsloth_core.ops.rope import rope
+from unsloth_core.rotary import Rotary
+from unsloth_core.tree import ABSENT, leaf, pytree, static
+from unsloth_core.weights import Weight, blocks
+
+from .config import ConfigReader
+from .decoder import AttentionSpec, split_heads
+
+# What the default policy keeps between forward and backward: the output of every product and of attention.
+SAVED = ("qkv", "attn", "mid", "gate_up")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Shapes and constants, by their Hugging Face names; ``dims`` has them by letter."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rotary: Rotary
+    tie_word_embeddings: bool
+    logit_softcap: None = None
+
+    @staticmethod
+    def from_hf(raw: Mapping[str, Any]) -> "Config":
+        """From the content of ``config.json``. Raises ValueError naming a field that is missing, bad or not handled."""
+        read = ConfigReader(raw)
+        read.expect("hidden_act", "silu")
+        read.expect("attention_dropout", 0, 0.0)
+        read.expect("rope_interleaved", False)
+        read.take("attention_bias", False), read.take("mlp_bias", False)  # biases are seen by their presence
+        heads = read.size("num_attention_heads", 32)
+        width = read.size("hidden_size", 4096)
+        head_dim = read.size("head_dim", width // heads)
+        config = Config(
+            hidden_size=width,
+            intermediate_size=read.size("intermediate_size", 11008),
+            num_hidden_layers=read.size("num_hidden_layers", 32),
+            num_attention_heads=heads,
+            num_key_value_heads=read.size("num_key_value_heads", heads),
+            head_dim=head_dim,
+            vocab_size=read.size("vocab_size", 32000),
+            max_position_embeddings=read.size("max_position_embeddings", 2048),
+            rms_norm_eps=float(read.take("rms_norm_eps", 1e-6)),
+            rotary=Rotary.from_hf(dict(raw), head_dim=head_dim),
+            tie_word_embeddings=bool(read.take("tie_word_embeddings", False)),
+        )
+        read.finish()
+        if heads % config.num_key_value_heads:
+            raise ValueError(f"config.json: {heads} heads cannot share {config.num_key_value_heads} key/value heads")
+        return config
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The letters of the weight declarations."""
+        heads, kv_heads, size = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        return {
+            "D": self.hidden_size, "F": self.intermediate_size, "L": self.num_hidden_layers, "V": self.vocab_size,
+            "H": heads, "G": kv_heads, "K": size, "Q": heads * size, "R": kv_heads * size,
+        }  # fmt: skip
+
+
+@pytree
+class Layer:
+    norm1: Tensor = leaf("D", "input_layernorm.weight")
+    qkv: Weight = leaf("Q+2R D", "self_attn.{q,k,v}_proj.weight")
+    qkv_bias: Tensor = leaf("Q+2R", "self_attn.{q,k,v}_proj.bias", optional=True)
+    o: Weight = leaf("D Q", "self_attn.o_proj.weight")
+    o_bias: Tensor = leaf("D", "self_attn.o_proj.bias", optional=True)
+    norm2: Tensor = leaf("D", "post_attention_layernorm.weight")
+    gate_up: Weight = leaf("2F D", "mlp.{gate,up}_proj.weight")
+    gate_up_bias: Tensor = leaf("2F", "mlp.{gate,up}_proj.bias", optional=True)
+    down: Weight = leaf("D F", "mlp.down_proj.weight")
+    down_bias: Tensor = leaf("D", "mlp.down_proj.bias", optional=True)
+
+
+@pytree
+class Weights:
+    embed: Tensor = leaf("V D", "model.embed_tokens.weight")
+    layers: tuple[Layer, ...] = blocks(Layer, "model.layers.{i}.")
+    norm: Tensor = leaf("D", "model.norm.weight")
+    head: Tensor = leaf("V D", "lm_head.weight", optional=True)  # ABSENT: tied to the embedding
+    config: Config = static()
+
+
+def spec(cfg: Config, i: int) -> AttentionSpec:
+    """How layer ``i`` attends."""
+    return AttentionSpec(scale=cfg.head_dim**-0.5, rope=cfg.rotary)
+
+
+def embed(w: Weights, tokens_N: Tensor, cfg: Config) -> Tensor:
+    """Token ids to the residual stream."""
+    return embedding(tokens_N, w.embed)
+
+
+def pre(w: Layer, x_ND: Tensor, rot: tuple[Tensor, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Everything before attention; token-local."""
+    n_ND = rms_norm(x_ND, w.norm1, eps=cfg.rms_norm_eps, name="norm1")
+    q_NHK, k_NGK, v_NGK = split_heads(linear(n_ND, w.qkv, w.qkv_bias, name="qkv"), cfg)
+    q_NHK, k_NGK = rope(q_NHK, k_NGK, *rot, name="rope")
+    return q_NHK, k_NGK, v_NGK
+
+
+def post(w: Layer, x_ND: Tensor, o_NHK: Tensor, cfg: Config) -> tuple[Tensor, Any]:
+    """Everything after attention; token-local. No statistics: the second value is ABSENT."""
+    mid_ND = linear(o_NHK.flatten(-2), w.o, w.o_bias, add=x_ND, name="mid")
+    n_ND = rms_norm(mid_ND, w.norm2, eps=cfg.rms_norm_eps, name="norm2")
+    h_NF = glu(linear(n_ND, w.gate_up, w.gate_up_bias, name="gate_up"), act="silu", name="act")
+    return linear(h_NF, w.down, w.down_bias, add=mid_ND, name="down"), ABSENT
+
+
+def final(w: Weights, x_ND: Tensor, cfg: Config) -> Tensor:
+    """The norm before the head."""
+    return rms_norm(x_ND, w.norm, eps=cfg.rms_norm_eps, name="norm")

@@ -1,0 +1,146 @@
+"""Text from a model: prefill all prompts as one packed buffer, then one token per sequence and step from a static cache."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import random
+from .cache import Cache
+from .models.decoder import Model, head_logits, hidden_cached
+from .segments import Segments
+
+Prompt = str | list[dict[str, Any]]
+
+
+def generate(
+    model: Model,
+    params: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: Tensor | None = None,
+) -> list[str]:
+    """Continue every prompt until its end token or ``max_new_tokens``; the new text only.
+
+    A prompt is a string (continued as it stands) or a list of chat messages (rendered with the model's template). Greedy at
+    ``temperature=0``; otherwise temperature, then ``top_k``, then ``top_p`` (smallest set of at least that mass), drawn with
+    ``key`` (needed then). Raises ValueError for an empty prompt and for options out of range.
+    """
+    ids = [encode_prompt(model, prompt) for prompt in prompts]
+    sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, key=key)
+    new: list[list[int]] = [[] for _ in ids]
+    for step in _steps(model, params, ids, max_new_tokens, sampler):
+        for tokens, token in zip(new, step, strict=True):
+            if token is not None:
+                tokens.append(token)
+    return [_tokenizer(model).decode(tokens) for tokens in new]
+
+
+def stream(
+    model: Model,
+    params: Any,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: Tensor | None = None,
+) -> Iterator[str]:
+    """Like :func:`generate` for one prompt, piece by piece as text becomes whole (a character may take several tokens)."""
+    tokenizer = _tokenizer(model)
+    sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, key=key)
+    steps = _steps(model, params, [encode_prompt(model, prompt)], max_new_tokens, sampler)
+    yield from tokenizer.decode_stream(step[0] for step in steps if step[0] is not None)
+
+
+def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt; chat messages are rendered with the generation prompt appended."""
+    tokenizer = _tokenizer(model)
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt)
+    else:
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    if not ids:
+        raise ValueError(f"generate: prompt {prompt!r} has no tokens")
+    return ids
+
+
+class Sampler:
+    """Logits (B, V) to token ids (B,); the same key and step give the same draw on every device."""
+
+    def __init__(self, *, temperature: float, top_k: int | None, top_p: float | None, key: Tensor | None) -> None:
+        if temperature < 0:
+            raise ValueError(f"generate: temperature is {temperature}, expected 0 (greedy) or more")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"generate: top_k is {top_k}, expected at least 1")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"generate: top_p is {top_p}, expected 0 < top_p <= 1")
+        if temperature > 0 and key is None:
+            raise ValueError("generate: temperature > 0 draws at random: pass key=uc.random.key(seed)")
+        self.temperature, self.top_k, self.top_p, self.key = temperature, top_k, top_p, key
+
+    def __call__(self, logits_BV: Tensor, step: int) -> Tensor:
+        if self.temperature == 0:
+            return logits_BV.argmax(-1)
+        sorted_BV, ids_BV = (logits_BV.float() / self.temperature).sort(dim=-1, descending=True, stable=True)
+        if self.top_k is not None:
+            sorted_BV, ids_BV = sorted_BV[:, : self.top_k], ids_BV[:, : self.top_k]
+        p_BV = sorted_BV.softmax(-1)
+        if self.top_p is not None:
+            before_BV = p_BV.cumsum(-1) - p_BV  # the mass in front of a token decides; the first always stays
+            p_BV = torch.where(before_BV < self.top_p, p_BV, 0.0)
+        cumulative_BV = p_BV.cumsum(-1)
+        assert self.key is not None
+        generator = random.generator(random.fold_in(self.key.cpu(), step))
+        u_B1 = torch.rand(len(logits_BV), 1, generator=generator).to(logits_BV.device)
+        choice_B1 = torch.searchsorted(cumulative_BV, u_B1 * cumulative_BV[:, -1:], right=True)
+        last_B1 = (p_BV > 0).sum(-1, keepdim=True) - 1  # u·total may round up to the total
+        return ids_BV.gather(-1, torch.minimum(choice_B1, last_B1)).squeeze(-1)
+
+
+@torch.no_grad()
+def _steps(
+    model: Model, params: Any, ids: list[list[int]], max_new_tokens: int, sampler: Sampler
+) -> Iterator[list[int | None]]:
+    """One new token per sequence and step, None for those that have ended."""
+    if max_new_tokens < 1 or not ids:
+        return
+    cfg, device, dtype = model.config, params.embed.device, params.embed.dtype
+    lengths = [len(tokens) for tokens in ids]
+    capacity = max(lengths) + max_new_tokens
+    cache = Cache.empty(
+        cfg.num_hidden_layers, len(ids), capacity, cfg.num_key_value_heads, cfg.head_dim, dtype=dtype, device=device
+    )
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    tokens_N = torch.tensor([t for tokens in ids for t in tokens], device=device)
+    positions_N = torch.cat([torch.arange(n) for n in lengths]).to(device)
+    q_segments = Segments.packed(cu, max_len=max(lengths))
+    one_each = Segments.uniform(len(ids), 1, device)
+    last_B = cu[1:] - 1
+    ends, done = set(_tokenizer(model).eos_ids), [False] * len(ids)
+    for step in range(max_new_tokens):
+        x_ND, cache = hidden_cached(
+            model.family, params, tokens_N, positions_N, q_segments, cache, max_position=capacity - 1
+        )
+        tokens_N = sampler(head_logits(params, x_ND[last_B]), step)
+        new: list[int | None] = []
+        for i, token in enumerate(tokens_N.tolist()):
+            done[i] = done[i] or token in ends
+            new.append(None if done[i] else token)
+        yield new
+        if all(done):
+            return
+        positions_N, q_segments, last_B = cache.lengths_B.long(), one_each, torch.arange(len(ids), device=device)
+
+
+def _tokenizer(model: Model) -> Any:
+    if model.tokenizer is None:
+        raise ValueError("generate: this model has no tokenizer; load one with the model, or call model.logits yourself")
+    return model.tokenizer

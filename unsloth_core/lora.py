@@ -1,0 +1,263 @@
+"""LoRA adapters as a tree of their own: made, put on, merged, and read and written in PEFT's file format.
+
+The adapters of a model are a dict from PEFT module path ("model.layers.0.self_attn.q_proj") to
+:class:`~unsloth_core.weights.LoRA`. Everything else follows from the weight declarations: which modules exist, their shapes, and
+which rows of a stacked leaf each one owns. Source: Hu et al. 2021 (arXiv 2106.09685), rsLoRA: Kalajdzievski 2023 (2312.03732).
+"""
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import random, tree, weights
+from .ops import nf4
+from .tree import ABSENT
+from .weights import Adapted, Declaration, LoRA
+
+if TYPE_CHECKING:
+    from .models.decoder import Model
+
+Adapters = dict[str, LoRA]
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+_PREFIX = "base_model.model."
+
+
+def init(
+    key: Tensor,
+    params: Any,
+    *,
+    rank: int | Mapping[str, int] = 16,
+    alpha: float | None = None,
+    targets: str | Sequence[str] = "all-linear",
+    rslora: bool = False,
+) -> Adapters:
+    """New adapters: ``a`` uniform in ±1/sqrt(C) as PEFT draws it, ``b`` zero, so that nothing changes yet.
+
+    ``rank``: one for all, or ``{"q_proj": 8, ...}`` by last name (then only those modules are adapted). ``alpha``: default the
+    rank; the scale is alpha/rank, with ``rslora`` alpha/sqrt(rank). ``targets``: "all-linear" (every linear of the layers),
+    "attention", or a list of last names. Raises ValueError for a target that the model does not have or a rank below 1.
+    """
+    modules = _modules(params)
+    last_names = sorted({path.rpartition(".")[2] for path in modules})
+    chosen = _targets(targets, last_names)
+    if isinstance(rank, Mapping):
+        if unknown := sorted(set(rank) - set(last_names)):
+            raise ValueError(f"lora.init: rank names {unknown}, but the model's linears are {last_names}")
+        chosen = [name for name in chosen if name in rank]
+    adapters = {}
+    for i, (path, (declaration, part)) in enumerate(modules.items()):
+        name = path.rpartition(".")[2]
+        if name not in chosen:
+            continue
+        r = rank[name] if isinstance(rank, Mapping) else rank
+        if not isinstance(r, int) or r < 1:
+            raise ValueError(f"lora.init: rank of {name} is {r!r}, expected a positive integer")
+        rows, width = declaration.rows[part], declaration.rest[0]
+        device = _device(weights.get(params, declaration.path))
+        generator = random.generator(random.fold_in(key.cpu(), i))
+        a = (torch.rand(r, width, generator=generator) * 2 - 1) / math.sqrt(width)
+        strength = r if alpha is None else alpha
+        scale = strength / math.sqrt(r) if rslora else strength / r
+        adapters[path] = LoRA(a=a.to(device), b=torch.zeros(rows, r, device=device), scale=float(scale))
+    if not adapters:
+        raise ValueError(f"lora.init: targets {targets!r} choose none of the model's linears {last_names}")
+    return adapters
+
+
+def adapt(params: Any, adapters: Adapters) -> Any:
+    """The same weights with adapters on: differentiable in the adapters, the base untouched and shared.
+
+    Raises ValueError for a module that the model does not have, or adapters whose shape does not fit it.
+    """
+    modules = _modules(params)
+    if missing := sorted(set(adapters) - set(modules)):
+        raise ValueError(f"lora.adapt: the model has no linear {missing[0]!r} ({len(missing)} such adapters): another model's?")
+    by_leaf: dict[weights.Path, list[Any]] = {}
+    rows: dict[weights.Path, tuple[int, ...]] = {}
+    for path, lora in adapters.items():
+        declaration, part = modules[path]
+        r, wanted = lora.a.shape[0], (declaration.rows[part], declaration.rest[0])
+        if lora.a.shape != (r, wanted[1]) or lora.b.shape != (wanted[0], r):
+            found = f"a {tuple(lora.a.shape)} and b {tuple(lora.b.shape)}"
+            raise ValueError(f"lora.adapt: {path} is {wanted}, but its adapter has {found}, expected (r, {wanted[1]}), ({wanted[0]}, r)")
+        by_leaf.setdefault(declaration.path, [ABSENT] * len(declaration.names))[part] = lora
+        rows[declaration.path] = declaration.rows
+    values = {}
+    for leaf, parts in by_leaf.items():
+        base = weights.get(params, leaf)
+        if isinstance(base, Adapted):
+            raise ValueError(f"lora.adapt: {'.'.join(map(str, leaf))} carries adapters already; merge them first")
+        values[leaf] = Adapted(base=base, parts=tuple(parts), rows=rows[leaf])
+    return weights.replace(params, values)
+
+
+def merge(params: Any, adapters: Adapters) -> Any:
+    """New dense weights ``round(fp32(W) + scale·B·A)``, rounded once to the base's dtype; an NF4 base is decoded first.
+
+    Merging into 16 bits loses small updates, so train with :func:`adapt` and merge only to export.
+    """
+    values = {}
+    adapted = adapt(params, adapters)
+    for declaration in {id(d): d for d, _ in _modules(params).values()}.values():
+        node = weights.get(adapted, declaration.path)
+        if not isinstance(node, Adapted):
+            continue
+        merged = []
+        for base, lora in zip(weights.split_parts(node.base, node.rows), node.parts, strict=True):
+            dense = base if isinstance(base, Tensor) else nf4.dequantize(base)
+            if lora is not ABSENT:
+                dense = (dense.float() + lora.scale * (lora.b.float() @ lora.a.float())).to(dense.dtype)
+            merged.append(dense)
+        values[declaration.path] = merged[0] if len(merged) == 1 else torch.cat(merged)
+    return weights.replace(params, values)
+
+
+def save(adapters: Adapters, folder: str | os.PathLike[str], model: "Model") -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT does, each under a temporary name first.
+
+    ``model`` says which modules exist and where the base came from. Raises ValueError for adapters of another model.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for path, lora in adapters.items():
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = lora.a.detach().cpu().contiguous()
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = lora.b.detach().cpu().contiguous()
+    config = _peft_config(adapters, model)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        save_file(tensors, Path(temporary) / "adapter_model.safetensors", metadata={"format": "pt"})
+        (Path(temporary) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            os.replace(Path(temporary) / name, folder / name)
+
+
+def load(folder: str | os.PathLike[str], params: Any) -> Adapters:
+    """Adapters from a PEFT folder, checked against the model's modules and put on its device, as fp32 leaves.
+
+    Raises ValueError for a truncated file, an unsupported PEFT option (DoRA, biases, modules_to_save, ...), modules that the
+    model does not have, an A without its B, and shapes that do not fit.
+    """
+    folder = Path(folder)
+    config_file, tensor_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    for file in (config_file, tensor_file):
+        if not file.is_file():
+            raise ValueError(f"lora.load: {file} does not exist, expected PEFT's two files in {folder}")
+    try:
+        config = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise ValueError(f"lora.load: {config_file} is not JSON: {error}") from None
+    _check_supported(config, config_file)
+    modules = _modules(params)
+    found: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(tensor_file, framework="pt") as tensors:
+            for key in tensors.keys():
+                match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+                if match is None or match[1] not in modules:
+                    raise ValueError(f"lora.load: {tensor_file} has {key!r}, which is no linear of this model: another model's?")
+                found.setdefault(match[1], {})[match[2]] = tensors.get_tensor(key)
+    except SafetensorError as error:
+        raise ValueError(f"lora.load: {tensor_file} is damaged: {error}") from None
+    adapters = {}
+    for path in (p for p in modules if p in found):
+        if found[path].keys() != {"A", "B"}:
+            raise ValueError(f"lora.load: {tensor_file} has only lora_{next(iter(found[path]))} of {path}, expected A and B")
+        device = _device(weights.get(params, modules[path][0].path))
+        a, b = (found[path][k].to(device=device, dtype=torch.float32) for k in "AB")
+        adapters[path] = LoRA(a=a, b=b, scale=_scale(config, path, a.shape[0]))
+    adapt(params, adapters)  # shapes
+    return adapters
+
+
+def _modules(params: Any) -> dict[str, tuple[Declaration, int]]:
+    """Every linear of the layers by module path, with the leaf it is stored in and which part of it."""
+    return {
+        name.removesuffix(".weight"): (declaration, part)
+        for declaration in weights.declarations(type(params), params.config.dims)
+        if len(declaration.path) > 1 and declaration.rest and weights.get(params, declaration.path) is not ABSENT
+        for part, name in enumerate(declaration.names)
+    }
+
+
+def _targets(targets: str | Sequence[str], last_names: list[str]) -> list[str]:
+    if targets == "all-linear":
+        return last_names
+    if targets == "attention":
+        return [name for name in last_names if name in ATTENTION]
+    if isinstance(targets, str):
+        raise ValueError(f"lora.init: targets is {targets!r}, expected 'all-linear', 'attention' or a list of {last_names}")
+    if unknown := sorted(set(targets) - set(last_names)):
+        raise ValueError(f"lora.init: targets {unknown} are not among the model's linears {last_names}")
+    return list(targets)
+
+
+def _device(node: Any) -> torch.device:
+    return tree.leaves(node)[0].device
+
+
+def _target_modules(adapters: Adapters, model: "Model") -> list[str]:
+    """Last names where every module of that name is adapted, full paths where only some are."""
+    declared = weights.declarations(model.family.Weights, model.config.dims)
+    modules = [name.removesuffix(".weight") for d in declared if len(d.path) > 1 and d.rest for name in d.names]
+    if foreign := sorted(set(adapters) - set(modules)):
+        raise ValueError(f"lora.save: the model has no linear {foreign[0]!r}: another model's adapters?")
+    partial = {path.rpartition(".")[2] for path in modules if path not in adapters}
+    names = {path if path.rpartition(".")[2] in partial else path.rpartition(".")[2] for path in adapters}
+    return sorted(names)
+
+
+def _peft_config(adapters: Adapters, model: "Model") -> dict[str, Any]:
+    ranks = {path: lora.a.shape[0] for path, lora in adapters.items()}
+    alphas = {path: lora.scale * ranks[path] for path, lora in adapters.items()}
+    r = max(ranks.values(), key=list(ranks.values()).count)
+    alpha = max(alphas.values(), key=list(alphas.values()).count)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.source or None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,  # the scale is written out as alpha/r, which is what it is
+        "use_dora": False,
+        "target_modules": _target_modules(adapters, model),
+        "rank_pattern": {re.escape(path): n for path, n in ranks.items() if n != r},
+        "alpha_pattern": {re.escape(path): n for path, n in alphas.items() if n != alpha},
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _check_supported(config: dict[str, Any], where: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"lora.load: {where} has peft_type {config.get('peft_type')!r}, expected 'LORA'")
+    plain = {"use_dora": False, "bias": "none", "modules_to_save": None, "fan_in_fan_out": False, "lora_bias": False}
+    for name, value in plain.items():
+        if config.get(name, value) not in (value, None, []):
+            raise ValueError(f"lora.load: {where} has {name} = {config[name]!r}, supported: {value!r}")
+    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
+        raise ValueError(f"lora.load: {where} needs numbers r and lora_alpha")
+
+
+def _scale(config: dict[str, Any], path: str, rank: int) -> float:
+    """PEFT's rule: a pattern matches a module if it matches the end of its path, from a dot or the start."""
+    alpha = config["lora_alpha"]
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            alpha = value
+            break
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
