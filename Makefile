@@ -23,7 +23,7 @@ quickstart: $(VENV)/.installed
 # One thread per worker: two workers with two threads each would fight over two cores.
 test: $(VENV)/.installed-test
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=ci $(ARGS)
+		$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -31,7 +31,7 @@ check: $(VENV)/.installed-test
 	$(BIN)/lint-imports
 
 gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest --hypothesis-profile=ci $(ARGS)
+	PYTHONPATH=. $(PYTHON) -m pytest $(ARGS)
 
 notebooks: $(VENV)/.installed-notebooks
 	for f in notebooks/*.py; do $(BIN)/jupytext --to ipynb --execute "$$f" || exit 1; done

@@ -90,7 +90,7 @@ def test_wheel_metadata(wheel):
 
 
 def test_shipped_examples_show_one_habit():
-    """Each answer of examples/captains_log.jsonl is short, different, and opens and closes like a log entry."""
+    """Each answer of examples/captains_log.jsonl is short and its own, and opens and closes like a log."""
     lines = (ROOT / "examples" / "captains_log.jsonl").read_text("utf-8").splitlines()
     pairs = [json.loads(line)["messages"] for line in lines]
     assert len({question["content"] for question, _ in pairs}) == len(pairs) >= 100
