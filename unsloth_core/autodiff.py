@@ -66,12 +66,14 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
     def op(*args: Any, name: str = op_name, **keywords: Any) -> Any:
         args = bind(args, keywords)
         leaves, specs = _flatten(args)
-        if not leaves:
-            raise TypeError(f"{op_name}: expected a tensor, got {type(args[0]).__name__ if args else 'nothing'}")
+        if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+            raise TypeError(_not_tensors(op_name, list(positions), args))
         tape = _tape.get()
         reference = backend.reference(op_name) if backend.resolve(leaves[0]) == "reference" else None
         if reference is not None and (tape is None or tape.runs(name)):
-            return reference(*args, **keywords)
+            # Through views, so that each argument collects its gradient inside the op first: the order of a derived pair.
+            inputs = [leaf.view_as(leaf) if leaf.requires_grad else leaf for leaf in leaves]
+            return reference(*_unflatten(inputs, specs), **keywords)
         pair = (fwd, bwd) if reference is None else _derived(reference)
         call = _Call(name, pair, specs, keywords, tape)
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
@@ -124,6 +126,14 @@ def _unflatten(leaves: Sequence[Any], specs: Sequence[Any]) -> tuple[Any, ...]:
             args.append(tree.unflatten(list(leaves[at : at + spec.num_leaves]), spec))
             at += spec.num_leaves
     return tuple(args)
+
+
+def _not_tensors(op_name: str, names: list[str], args: Sequence[Any]) -> str:
+    for name, arg in zip(names, args, strict=True):
+        if not all(isinstance(leaf, Tensor) for leaf in tree.leaves(arg)):
+            hint = "; absence is written ABSENT" if arg is None else ""
+            return f"{op_name}: {name} is {type(arg).__name__}, expected a tensor{hint}"
+    return f"{op_name}: no argument has a tensor"
 
 
 class _Call:
@@ -283,10 +293,10 @@ def remat(fn: Callable[..., Any], policy: Policy | None) -> Callable[..., Any]:
 
     def layer(*args: Tree) -> Any:
         leaves, spec = tree.flatten(args)
-        if not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
-            return fn(*args)
         if _tape.get() is not None:
             raise ValueError("remat: called inside another remat; one layer at a time")
+        if not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
+            return fn(*args)
         plan = _Plan(fn, spec, policy, backend.override())
         out = _Layer.apply(plan, *leaves)
         return tree.unflatten(list(out) if isinstance(out, tuple) else [out], plan.out_spec)
