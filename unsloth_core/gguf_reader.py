@@ -1,0 +1,471 @@
+"""Reading GGUF, llama.cpp's one-file format, as if it were a folder of safetensors.
+
+A file holds metadata, tensors (quantised in blocks, under names of its own) and the tokenizer. Here they
+become what the rest of the library knows: a Hugging Face config, names and row order, dequantised tensors.
+
+The container is parsed here and not by `gguf.GGUFReader`, for two reasons. That one trusts the file: a
+shape whose product wraps around, or a tensor outside the file, gives a wrong view or an unrelated error. And
+it makes an object for every string of the vocabulary, which takes 20 times as long. The blocks are decoded by
+`gguf.quants.dequantize`.
+
+What differs between architectures is data: `ARCHITECTURES`. For `llama` the converter had reordered the rows
+of the q and k projections (rotary pairs side by side); that is undone on the quantised rows, before decoding.
+And it had replaced Llama 3's rope scaling by a tensor of divisors, from which the numbers are recovered.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; names and conversions: llama.cpp's
+`gguf-py/gguf/tensor_mapping.py` and `convert_hf_to_gguf.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from .tokenizer import Tokenizer
+
+__all__ = ["GGUFCheckpoint", "open_gguf"]
+
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+MAX_DIMS = 4
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one `general.architecture` maps to Hugging Face."""
+
+    config: Mapping[str, Any]  # fields that follow from the architecture alone
+    keys: Mapping[str, tuple[str, type]]  # metadata key (without "llama.") -> config field, type
+    ignored: frozenset[str]  # keys that change nothing here
+    tensors: Mapping[str, str]  # tensor -> Hugging Face name
+    layers: Mapping[str, str]  # the same inside a layer, without prefix and ".weight" or ".bias"
+    permuted: Mapping[str, str]  # tensors with reordered rows -> config field with their number of heads
+
+
+LLAMA = Architecture(
+    config={"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"},
+    keys={
+        "embedding_length": ("hidden_size", int),
+        "feed_forward_length": ("intermediate_size", int),
+        "block_count": ("num_hidden_layers", int),
+        "attention.head_count": ("num_attention_heads", int),
+        "attention.head_count_kv": ("num_key_value_heads", int),
+        "attention.key_length": ("head_dim", int),
+        "attention.layer_norm_rms_epsilon": ("rms_norm_eps", float),
+        "context_length": ("max_position_embeddings", int),
+        "rope.freq_base": ("rope_theta", float),
+    },
+    ignored=frozenset({"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"}),
+    tensors={
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    },
+    layers={
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    },
+    permuted={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
+)
+ARCHITECTURES = {"llama": LLAMA}
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor: type, shape (outermost dimension first) and bytes, uint8 [rows, bytes of a row]."""
+
+    type: str
+    shape: tuple[int, ...]
+    rows: np.ndarray
+
+    def decode(self, rows: np.ndarray) -> torch.Tensor:
+        """Rows of bytes -> the tensor."""
+        if self.type in PLAIN:
+            return (
+                torch.from_numpy(np.require(rows, requirements="C")).view(PLAIN[self.type]).view(self.shape)
+            )
+        with np.errstate(all="ignore"):  # infinite or NaN block scales: the file's values, not our mistake
+            return torch.from_numpy(dequantize(rows, GGMLQuantizationType[self.type])).view(self.shape)
+
+
+@dataclass(frozen=True)
+class GGUFCheckpoint:
+    """A .gguf file behind the interface of `hub.Checkpoint`."""
+
+    source: str
+    metadata: Mapping[str, Any]
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    entries: Mapping[str, tuple[_Tensor, int]]  # by Hugging Face name; with heads of reordered rows, else 0
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self.entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return self._entry(name)[0].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Data type of `tensor(name)`: fp32 for quantised tensors."""
+        return PLAIN.get(self._entry(name)[0].type, torch.float32)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, dequantised; a view of the file if it is stored plainly and in order."""
+        tensor, heads = self._entry(name)
+        return tensor.decode(_rotate_half_order(tensor.rows, heads) if heads else tensor.rows)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, rebuilt from the metadata."""
+        return Tokenizer.from_gguf(self.metadata, source=self.source)
+
+    def _entry(self, name: str) -> tuple[_Tensor, int]:
+        if name not in self.entries:
+            raise ValueError(f"{self.source}: no tensor {name!r} among {len(self.entries)}")
+        return self.entries[name]
+
+
+def open_gguf(path: str | Path) -> GGUFCheckpoint:
+    """Open a .gguf file.
+
+    Raises FileNotFoundError if there is none; ValueError if it is malformed, truncated or big-endian, or
+    holds a key or tensor whose meaning for the model is unknown; NotImplementedError for an architecture or
+    a block type that is not supported.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    metadata, tensors = _parse(path)
+    name = metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise NotImplementedError(f"{path}: general.architecture is {name!r}, supported: {supported}")
+    for tensor_name, tensor in tensors.items():
+        if tensor.type not in PLAIN and tensor.type not in QUANTISED:
+            raise NotImplementedError(
+                f"{path}: tensor {tensor_name!r} has type {tensor.type}, "
+                f"supported: {', '.join([*PLAIN, *QUANTISED])}"
+            )
+    config = _config(path, name, ARCHITECTURES[name], metadata, tensors)
+    ids = {
+        key: metadata[f"tokenizer.ggml.{key}"]
+        for key in ("bos_token_id", "eos_token_id")
+        if type(metadata.get(f"tokenizer.ggml.{key}")) is int
+    }
+    return GGUFCheckpoint(
+        source=str(path),
+        metadata=metadata,
+        config={**config, **ids},
+        generation_config=ids,
+        entries=_entries(path, ARCHITECTURES[name], config, tensors),
+    )
+
+
+# ---- the container ----
+
+
+class _Cursor:
+    """Reads little-endian values one after the other, and never past the end of the file."""
+
+    def __init__(self, path: Path, data: memoryview):
+        self.path, self.data, self.at = path, data, 0
+
+    def skip(self, count: int, what: str) -> int:
+        """Position of the next `count` bytes."""
+        at = self.at
+        if count > len(self.data) - at:
+            raise ValueError(
+                f"{self.path}: truncated: {what} needs {count} bytes at {at}, the file has {len(self.data)}"
+            )
+        self.at = at + count
+        return at
+
+    def unpack(self, code: str, what: str) -> Any:
+        """One value of a struct code."""
+        return struct.unpack_from(f"<{code}", self.data, self.skip(struct.calcsize(f"<{code}"), what))[0]
+
+    def string(self, what: str) -> str:
+        """u64 length, UTF-8."""
+        length = self.unpack("Q", what)
+        at = self.skip(length, what)
+        try:
+            return str(self.data[at : at + length], "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path}: {what} at {at}: expected UTF-8, got {error.reason}") from None
+
+    def value(self, kind: int, what: str) -> Any:
+        """A metadata value: int, float, bool, str or a list of one of these."""
+        if kind in SCALARS:
+            return self.unpack(SCALARS[kind], what)
+        if kind == STRING:
+            return self.string(what)
+        if kind != ARRAY:
+            raise ValueError(f"{self.path}: {what}: expected a value type in 0...12, got {kind}")
+        kind, count = self.unpack("I", what), self.unpack("Q", what)
+        if kind == STRING:  # every string takes 8 bytes or more: an absurd count ends at the end of the file
+            return [self.string(what) for _ in range(count)]
+        if kind not in SCALARS:
+            raise ValueError(f"{self.path}: {what}: expected an array of scalars or strings, got type {kind}")
+        size = struct.calcsize(f"<{SCALARS[kind]}")
+        at = self.skip(count * size, what)
+        return np.frombuffer(self.data, np.dtype(SCALARS[kind]).newbyteorder("<"), count, at).tolist()
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
+    """Metadata and tensors, every size checked against the file."""
+    if path.stat().st_size < 24:
+        raise ValueError(f"{path}: expected a GGUF file, got {path.stat().st_size} bytes")
+    data = np.memmap(
+        path, np.uint8, mode="c"
+    )  # private: tensors are writable views that never reach the file
+    cursor = _Cursor(path, data.data)
+    magic = bytes(cursor.data[cursor.skip(4, "magic") : cursor.at])
+    if magic != b"GGUF":
+        raise ValueError(f"{path}: expected the magic b'GGUF', got {magic!r}")
+    version = cursor.unpack("I", "version")
+    if version & 0xFFFF == 0:
+        raise ValueError(f"{path}: expected a little-endian file, got a big-endian one")
+    if version not in (2, 3):
+        raise ValueError(f"{path}: expected GGUF version 2 or 3, got {version}")
+    n_tensors, n_keys = cursor.unpack("Q", "tensor count"), cursor.unpack("Q", "key count")
+
+    metadata: dict[str, Any] = {}
+    for _ in range(n_keys):
+        key = cursor.string("metadata key")
+        if key in metadata:
+            raise ValueError(f"{path}: metadata key {key!r} appears twice")
+        metadata[key] = cursor.value(cursor.unpack("I", f"type of {key!r}"), f"value of {key!r}")
+    infos: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    for _ in range(n_tensors):
+        name = cursor.string("tensor name")
+        if name in infos:
+            raise ValueError(f"{path}: tensor {name!r} appears twice")
+        n_dims = cursor.unpack("I", f"dimensions of {name!r}")
+        if not 1 <= n_dims <= MAX_DIMS:
+            raise ValueError(f"{path}: tensor {name!r}: expected 1...{MAX_DIMS} dimensions, got {n_dims}")
+        dims = [cursor.unpack("Q", f"dimensions of {name!r}") for _ in range(n_dims)]
+        kind = cursor.unpack("I", f"type of {name!r}")
+        if kind not in GGMLQuantizationType.__members__.values():
+            raise ValueError(f"{path}: tensor {name!r}: unknown block type {kind}")
+        offset = cursor.unpack("Q", f"offset of {name!r}")
+        infos[name] = (GGMLQuantizationType(kind).name, tuple(reversed(dims)), offset)
+
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        raise ValueError(f"{path}: general.alignment: expected a power of two, got {alignment!r}")
+    start = -(-cursor.at // alignment) * alignment
+    return metadata, _locate(path, data, start, alignment, infos)
+
+
+def _locate(
+    path: Path,
+    data: np.ndarray,
+    start: int,
+    alignment: int,
+    infos: dict[str, tuple[str, tuple[int, ...], int]],
+) -> dict[str, _Tensor]:
+    """The bytes of every tensor: inside the file, aligned, without overlap."""
+    tensors, end, before = {}, 0, ""
+    for name, (kind, shape, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        if 0 in shape or shape[-1] % block:
+            raise ValueError(
+                f"{path}: tensor {name!r} has shape {shape}, expected rows of a multiple of {block} ({kind})"
+            )
+        n_rows, row_bytes = math.prod(shape[:-1]), shape[-1] // block * block_bytes
+        if offset % alignment or offset < end:
+            raise ValueError(
+                f"{path}: tensor {name!r}: expected an offset that is a multiple of {alignment} and at least "
+                f"{end} (the end of {before!r}), got {offset}"
+            )
+        end, before = offset + n_rows * row_bytes, name
+        if start + end > len(data):
+            raise ValueError(
+                f"{path}: truncated: tensor {name!r} ends at byte {start + end}, the file has {len(data)}"
+            )
+        tensors[name] = _Tensor(kind, shape, data[start + offset : start + end].reshape(n_rows, row_bytes))
+    return tensors
+
+
+# ---- names, row order, config ----
+
+
+def _rotate_half_order(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a q or k projection in Hugging Face's order: within a head of K rows, its row j * K / 2 + i is
+    stored as row 2i + j (j = 0, 1 in rotary pair i). Works on rows of bytes: a quantised row stays whole."""
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _entries(
+    path: Path, arch: Architecture, config: dict[str, Any], tensors: dict[str, _Tensor]
+) -> dict[str, tuple[_Tensor, int]]:
+    """Tensors under their Hugging Face names."""
+    entries: dict[str, tuple[_Tensor, int]] = {}
+    for name, tensor in tensors.items():
+        if name == "rope_freqs.weight":  # already in the config
+            continue
+        match = re.fullmatch(r"blk\.(0|[1-9][0-9]{0,4})\.(\w+)\.(weight|bias)", name)
+        heads = 0
+        if name in arch.tensors:
+            target = arch.tensors[name]
+        elif match and match[2] in arch.layers and int(match[1]) < config["num_hidden_layers"]:
+            target = f"model.layers.{match[1]}.{arch.layers[match[2]]}.{match[3]}"
+            if match[2] in arch.permuted:
+                heads = config[arch.permuted[match[2]]]
+        else:
+            raise ValueError(
+                f"{path}: tensor {name!r} has no place in a {config['model_type']} model "
+                f"of {config['num_hidden_layers']} layers"
+            )
+        if heads and match and match[3] == "bias":  # one row of bytes: cut it into elements to reorder it
+            if tensor.type not in PLAIN:
+                raise ValueError(f"{path}: tensor {name!r}: expected a bias of plain type, got {tensor.type}")
+            tensor = _Tensor(tensor.type, tensor.shape, tensor.rows.reshape(tensor.shape[-1], -1))
+        if heads and tensor.rows.shape[0] % (2 * heads):
+            raise ValueError(
+                f"{path}: tensor {name!r} has {tensor.rows.shape[0]} rows, expected a multiple of 2 * {heads}"
+            )
+        entries[target] = (tensor, heads)
+    return entries
+
+
+def _config(
+    path: Path, name: str, arch: Architecture, metadata: Mapping[str, Any], tensors: dict[str, _Tensor]
+) -> dict[str, Any]:
+    """What config.json would say. Every key of the architecture is used or known to change nothing."""
+    values = {key.removeprefix(f"{name}."): v for key, v in metadata.items() if key.startswith(f"{name}.")}
+
+    def take(key: str, kind: type, *default: Any) -> Any:
+        if key not in values:
+            if not default:
+                raise ValueError(f"{path}: {name}.{key}: expected {kind.__name__}, got none")
+            return default[0]
+        value = values.pop(key)
+        if type(value) is not kind:
+            raise ValueError(f"{path}: {name}.{key}: expected {kind.__name__}, got {type(value).__name__}")
+        if kind is int and not 0 <= value < 2**31 or kind is float and not math.isfinite(value):
+            raise ValueError(f"{path}: {name}.{key}: expected a size or a finite number, got {value}")
+        # fp32 widened to double; the shortest decimal with the same fp32 is what config.json said.
+        return float(str(np.float32(value))) if kind is float else value
+
+    for key in ("expert_count", "expert_used_count", "attention.sliding_window"):
+        if take(key, int, 0):
+            raise NotImplementedError(f"{path}: {name}.{key}: not supported for this architecture")
+    config: dict[str, Any] = dict(arch.config)
+    heads = take("attention.head_count", int)
+    hidden = take("embedding_length", int)
+    if not heads or not hidden:
+        raise ValueError(
+            f"{path}: expected {name} sizes of at least 1, got {heads} heads, embedding of {hidden}"
+        )
+    values.update({"attention.head_count": heads, "embedding_length": hidden})
+    values.setdefault("attention.head_count_kv", heads)
+    values.setdefault("attention.key_length", hidden // heads)
+    values.setdefault("rope.freq_base", 10000.0)
+    for key, (field, kind) in arch.keys.items():
+        config[field] = take(key, kind)
+    width = config["head_dim"]
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (got := take(key, int, width)) != width:
+            raise NotImplementedError(f"{path}: {name}.{key} is {got}, supported: the head width {width}")
+
+    if (embedding := tensors.get("token_embd.weight")) is None:
+        raise ValueError(f"{path}: no tensor 'token_embd.weight'")
+    config["vocab_size"] = embedding.shape[0]
+    config["tie_word_embeddings"] = "output.weight" not in tensors
+    config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+    config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+
+    scaling = _rope_scaling(path, take, tensors.get("rope_freqs.weight"), config["rope_theta"], width)
+    if scaling:
+        config["rope_scaling"] = scaling
+    if unknown := sorted(set(values) - arch.ignored):
+        raise ValueError(f"{path}: metadata key {name}.{unknown[0]} is not known for this architecture")
+    return config
+
+
+def _rope_scaling(
+    path: Path, take: Callable[..., Any], divisors: _Tensor | None, theta: float, width: int
+) -> dict[str, Any] | None:
+    """`rope_scaling` of config.json from the metadata or the tensor of divisors; None without scaling."""
+    kind = take("rope.scaling.type", str, "none")
+    factor = take("rope.scaling.factor", float, 1.0)
+    original = take("rope.scaling.original_context_length", int, 0)
+    if kind not in ("none", "linear", "yarn"):
+        raise NotImplementedError(f"{path}: rope.scaling.type is {kind!r}, supported: none, linear, yarn")
+    if divisors is not None:
+        if kind != "none" or divisors.type != "F32" or divisors.shape != (width // 2,):
+            raise ValueError(
+                f"{path}: rope_freqs.weight: expected F32 of shape ({width // 2},) and no other scaling, "
+                f"got {divisors.type} {divisors.shape}, scaling {kind!r}"
+            )
+        numbers = divisors.decode(divisors.rows).double().numpy()
+        return _llama3_scaling(str(path), numbers, theta) if np.any(numbers != 1) else None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    return None
+
+
+def _llama3_divisors(
+    theta: float, width: int, factor: float, low: float, high: float, context: int
+) -> np.ndarray:
+    """What Llama 3's rule divides the width / 2 rotary frequencies by: 1 for wavelengths below
+    context / high, `factor` above context / low, in between 1 / ((1 - t) / factor + t) with t linear in
+    the frequency."""
+    turns = context / (2 * np.pi) * theta ** (-np.arange(0, width, 2) / width)  # of a pair, over the context
+    t = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - t) / factor + t)
+
+
+def _llama3_scaling(source: str, divisors: np.ndarray, theta: float) -> dict[str, Any]:
+    """The numbers of Llama 3's rule that give these divisors.
+
+    The rule stays the same when context, low and high are scaled together; published models have low = 1.
+    With that, t is linear in the frequency, with slope context / (high - 1) and offset -1 / (high - 1).
+    """
+    width, factor = 2 * len(divisors), float(round(divisors.max(), 4))
+    between = (divisors > 1) & (divisors < divisors.max())
+    high, context = 4.0, 8192  # Llama 3.1's, should too few divisors lie between
+    if between.sum() >= 2 and factor > 1:
+        frequencies = theta ** (-np.arange(0, width, 2) / width) / (2 * np.pi)
+        t = (1 / divisors - 1 / factor) / (1 - 1 / factor)
+        slope, offset = np.polyfit(frequencies[between], t[between], 1)
+        if np.isfinite(slope / offset) and offset < 0 < slope:
+            high = float(round(1 - 1 / offset, 3))
+            context = round(-slope / offset)
+    if high <= 1 or not np.allclose(
+        _llama3_divisors(theta, width, factor, 1.0, high, context), divisors, rtol=1e-4, atol=0
+    ):
+        raise ValueError(
+            f"{source}: rope_freqs.weight: expected divisors of Llama 3's rope scaling, got {divisors[:4]}..."
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": context,
+    }
