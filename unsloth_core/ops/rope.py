@@ -1,0 +1,178 @@
+"""Rotary position embedding of queries and keys, in one launch.
+
+Formula, for channel pairs (a, b) = (x_i, x_{i+J}), i < J, of every head, with c and s the token's cos_i and sin_i:
+
+    a' = a·c - b·s        b' = b·c + a·s        channels from 2J to K pass through (partial rotation)
+Backward is the rotation by the opposite angle, transposed: da = da'·c + db'·s, db = db'·c - da'·s; the same kernel with -s.
+(cos and sin may carry an attention factor m; the formulas do not use c² + s² = 1.)
+
+Residuals: cos and sin (arguments); neither q nor k. No gradient flows to cos and sin.
+Dtypes: q and k fp16, bf16 or fp32, each with outputs and gradients of its own dtype; cos and sin fp32. The rotation is fp32
+and rounds once, where the reference model rounds three times (q·cos, rotated q·sin, their sum).
+Bytes moved per element of 2 bytes: 4, forward and backward alike, and 8·J per token for cos and sin, which are read once for
+all heads of q and k. In separate launches per tensor they would be read twice, as one program per head, H + G times.
+Limits: any strides (fastest with a last stride of 1 and 16-byte rows, as in a slice of a qkv product); fewer than 2^31
+tokens. Outputs are new and contiguous.
+
+How: a program takes a few tokens with all their heads. cos and sin stay in registers while it walks over the heads in tiles
+of (tokens, heads, pairs), first q's, then k's. Pair partners lie J channels apart, so both halves load as whole vectors.
+
+Source of the idea: RoPE, Su et al. (arXiv 2104.09864), in the half-split form of GPT-NeoX.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..autodiff import custom_vjp
+from ..cost import Cost
+from ..device import launch
+from ..tree import ABSENT
+from .language import cast
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_PAIRS = 2048  # channel pairs in one tile: 16 a thread with 4 warps, two 16-byte loads of either half
+
+
+# ---------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _turn_heads(
+    x_ptr, y_ptr, x_token, x_head, x_channel, token, tokens, cos, sin,
+    HEADS: tl.constexpr, K: tl.constexpr, J: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """All heads of a few tokens of one tensor; ``token`` (T, 1, 1) int64, ``cos`` and ``sin`` (T, 1, BLOCK_J)."""
+    pair = tl.arange(0, BLOCK_J)[None, None, :].to(tl.int64)
+    for first in range(0, HEADS, BLOCK_H):
+        head = (first + tl.arange(0, BLOCK_H))[None, :, None].to(tl.int64)
+        x_row = x_ptr + token * x_token + head * x_head
+        y_row = y_ptr + (token * HEADS + head) * K
+        row_inside = (token < tokens) & (head < HEADS)
+        inside = row_inside & (pair < J)
+        a = tl.load(x_row + pair * x_channel, inside, other=0.0).to(tl.float32)
+        b = tl.load(x_row + (pair + J) * x_channel, inside, other=0.0).to(tl.float32)
+        tl.store(y_row + pair, cast(a * cos - b * sin, y_ptr.dtype.element_ty), inside)
+        tl.store(y_row + (pair + J), cast(b * cos + a * sin, y_ptr.dtype.element_ty), inside)
+        if 2 * J < K:
+            channel = 2 * J + tl.arange(0, BLOCK_REST)[None, None, :].to(tl.int64)
+            rest_inside = row_inside & (channel < K)
+            tl.store(y_row + channel, tl.load(x_row + channel * x_channel, rest_inside), rest_inside)
+
+
+@triton.jit
+def _turn(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
+    tokens, q_token, q_head, q_channel, k_token, k_head, k_channel, cos_token, cos_pair, sin_token, sin_pair,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, J: tl.constexpr, BACKWARD: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_T tokens with all their heads. A tensor that is not wanted is None."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
+    pair = tl.arange(0, BLOCK_J)[None, None, :].to(tl.int64)
+    inside = (token < tokens) & (pair < J)
+    cos = tl.load(cos_ptr + token * cos_token + pair * cos_pair, inside, other=0.0)
+    sin = tl.load(sin_ptr + token * sin_token + pair * sin_pair, inside, other=0.0)
+    if BACKWARD:
+        sin = -sin
+    if q_ptr is not None:
+        _turn_heads(
+            q_ptr, q_out_ptr, q_token, q_head, q_channel, token, tokens, cos, sin,
+            H, K, J, BLOCK_H, BLOCK_J, BLOCK_REST,
+        )  # fmt: skip
+    if k_ptr is not None:
+        _turn_heads(
+            k_ptr, k_out_ptr, k_token, k_head, k_channel, token, tokens, cos, sin,
+            G, K, J, BLOCK_H, BLOCK_J, BLOCK_REST,
+        )  # fmt: skip
+
+
+def _tile(H: int, G: int, J: int) -> tuple[int, int, int]:
+    """(tokens, heads, pairs) of a tile: as many heads as leave at most a quarter of the lanes idle, then tokens."""
+    block_h = next(b for b in (8, 4, 2, 1) if 3 * b * (triton.cdiv(H, b) + triton.cdiv(G, b)) <= 4 * (H + G))
+    block_j = triton.next_power_of_2(J)
+    return max(1, _PAIRS // (block_h * block_j)), block_h, block_j
+
+
+def _launch(q: Any, k: Any, cos_NJ: Tensor, sin_NJ: Tensor, *, backward: bool) -> tuple[Any, Any]:
+    """Both tensors turned, in one launch; ABSENT stays ABSENT."""
+    given = [x for x in (q, k) if x is not ABSENT]
+    if not given:
+        return ABSENT, ABSENT
+    N, _, K = given[0].shape
+    J = cos_NJ.shape[1]
+    outs = [
+        x if x is ABSENT else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)
+    ]
+    strides = [(0, 0, 0) if x is ABSENT else x.stride() for x in (q, k)]
+    H, G = (0 if x is ABSENT else x.shape[1] for x in (q, k))
+    block_t, block_h, block_j = _tile(H, G, J)
+    tensors = (None if x is ABSENT else x for x in (q, k))
+    launch(
+        _turn, (triton.cdiv(N, block_t),), *tensors, cos_NJ, sin_NJ, *(None if x is ABSENT else x for x in outs),
+        N, *strides[0], *strides[1], *cos_NJ.stride(), *sin_NJ.stride(),
+        H=H, G=G, K=K, J=J, BACKWARD=backward, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_J=block_j,
+        BLOCK_REST=triton.next_power_of_2(max(1, K - 2 * J)), num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return outs[0], outs[1]
+
+
+# ------------------------------------------------------------------------------------------------------ rules
+
+
+def _check(q_NHK: Tensor, k_NGK: Tensor, cos_NJ: Tensor, sin_NJ: Tensor) -> None:
+    for name, x, dims in (("q", q_NHK, "(N, H, K)"), ("k", k_NGK, "(N, G, K)")):
+        if x.ndim != 3:
+            raise ValueError(f"rope: {name} has shape {tuple(x.shape)}, expected {dims}")
+        if x.dtype not in _DTYPES:
+            raise ValueError(f"rope: {name} has dtype {x.dtype}, expected float16, bfloat16 or float32")
+    N, _, K = q_NHK.shape
+    if k_NGK.shape[0] != N or k_NGK.shape[2] != K:
+        raise ValueError(f"rope: k has shape {tuple(k_NGK.shape)}, expected (N, G, K) = ({N}, G, {K})")
+    for name, x in (("cos", cos_NJ), ("sin", sin_NJ)):
+        if x.ndim != 2 or x.shape[0] != N or not 0 < 2 * x.shape[1] <= K:
+            raise ValueError(f"rope: {name} has shape {tuple(x.shape)}, expected (N, J) = ({N}, 1 to {K // 2})")
+        if x.dtype != torch.float32:
+            raise ValueError(f"rope: {name} has dtype {x.dtype}, expected float32")
+    if sin_NJ.shape != cos_NJ.shape:
+        raise ValueError(f"rope: sin has shape {tuple(sin_NJ.shape)}, expected cos's {tuple(cos_NJ.shape)}")
+    for name, x in (("k", k_NGK), ("cos", cos_NJ), ("sin", sin_NJ)):
+        if x.device != q_NHK.device:
+            raise ValueError(f"rope: {name} is on {x.device}, expected q's device {q_NHK.device}")
+    if N >= 2**31:
+        raise NotImplementedError(f"rope: {N} tokens, expected fewer than 2^31")
+
+
+# --------------------------------------------------------------------------------------------------------- op
+
+
+def rope_fwd(
+    q_NHK: Tensor, k_NGK: Tensor, cos_NJ: Tensor, sin_NJ: Tensor, *, needs: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[Any, Any]]:
+    """q (N, H, K), k (N, G, K), cos and sin (N, J) fp32, 2J <= K -> turned q and k, new and contiguous.
+
+    Raises ValueError for other shapes or dtypes, NotImplementedError if cos or sin want a gradient.
+    """
+    _check(q_NHK, k_NGK, cos_NJ, sin_NJ)
+    if needs[2] or needs[3]:
+        raise NotImplementedError("rope: no gradient for cos and sin; detach them")
+    outs = _launch(q_NHK, k_NGK, cos_NJ, sin_NJ, backward=False)
+    return outs, (cos_NJ, sin_NJ) if needs[0] or needs[1] else (ABSENT, ABSENT)
+
+
+def rope_bwd(residuals: tuple[Any, Any], dy: tuple[Any, Any], *, needs: Any) -> tuple[Any, Any, Any, Any]:
+    """Cotangents like q and k, of any strides, or ABSENT -> (dq, dk, ABSENT, ABSENT)."""
+    dq, dk = (d if need else ABSENT for d, need in zip(dy, needs))
+    return *_launch(dq, dk, *residuals, backward=True), ABSENT, ABSENT
+
+
+rope = custom_vjp(rope_fwd, rope_bwd)
+
+
+def cost(N: int, H: int, G: int, K: int, J: int, itemsize: int) -> Cost:
+    """Forward or backward: q and k read and written, cos and sin read once; six operations per turned pair."""
+    return Cost(bytes=2 * N * (H + G) * K * itemsize + 8 * N * J, flops=6 * N * (H + G) * J)
