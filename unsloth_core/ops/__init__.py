@@ -1,1 +1,27 @@
-"""The kernel toolbox: every op works alone in anyone's PyTorch code, with its hand-derived backward."""
+"""The kernel toolbox: every op works alone in anyone's PyTorch code, with its hand-derived backward.
+
+``uc.ops.rms_norm(x, w, eps=1e-6)`` takes and returns plain tensors; each file has the formula, the kernels, the backward and the
+cost of one op, top to bottom.
+"""
+
+from .add_rms_norm import add_rms_norm
+from .attention import attention
+from .cross_entropy import cross_entropy
+from .embedding import embedding
+from .glu import glu
+from .linear import linear
+from .linear_cross_entropy import linear_cross_entropy
+from .rms_norm import rms_norm
+from .rope import rope
+
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "cross_entropy",
+    "embedding",
+    "glu",
+    "linear",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+]

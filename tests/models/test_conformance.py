@@ -1,0 +1,218 @@
+"""One suite for every family and version: the function is transformers', and no schedule changes it.
+
+Truth is transformers in float64; its own float32 error sets the tolerance (the op rule).
+"""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import VERSIONS, checkpoint_of, judge, ours
+from oprule import DEVICE, assert_op_rule
+from safetensors.torch import save_file
+
+from unsloth_core import backend, hub, load, lora, random, tree
+from unsloth_core.autodiff import RECOMPUTE, SAVE, value_and_grad
+from unsloth_core.cache import Cache
+from unsloth_core.data import Batch
+from unsloth_core.models.decoder import hidden, hidden_cached
+from unsloth_core.segments import Segments
+from unsloth_core.tree import ABSENT
+
+SAMPLE = ("smollm2", "llama-3.1", "llama-biases")  # walked through the interpreter too; the rest by the reference
+RUNS = [(v, "reference") for v in VERSIONS] + [(v, "triton") for v in (VERSIONS if DEVICE.type == "cuda" else SAMPLE)]
+each_run = pytest.mark.parametrize(("version", "name"), RUNS, ids=lambda x: x)
+
+
+def make(version, **more):
+    model_type, overrides = VERSIONS[version]
+    return judge(model_type, **{**overrides, **more})
+
+
+def tokens(hf, batch=2, length=11, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, hf.config.vocab_size, (batch, length), generator=g).to(DEVICE)
+
+
+def hf_loss_and_grads(hf, ids):
+    hf.zero_grad()
+    logits = hf(ids).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    return logits.detach(), loss.detach(), {n: p.grad for n, p in hf.named_parameters()}
+
+
+def assert_conforms(hf, name):
+    ids = tokens(hf)
+    model, params = ours(hf)
+    logits32, loss32, grads32 = hf_loss_and_grads(hf, ids)
+    logits64, loss64, grads64 = hf_loss_and_grads(copy.deepcopy(hf).double(), ids)
+    batch = Batch.from_tokens(ids, vocab_size=hf.config.vocab_size)
+    with backend.using(name):
+        assert_op_rule(model.logits(params, ids), logits32, logits64, "logits")
+        (loss, _), grads = value_and_grad(lambda p: model.loss(p, batch), has_aux=True)(params)
+    assert_op_rule(loss, loss32, loss64, "loss")
+    named = load.named_tensors(grads)
+    assert set(named) == set(grads32)
+    for key, grad in named.items():
+        assert_op_rule(grad, grads32[key], grads64[key], f"gradient of {key}")
+
+
+@each_run
+def test_logits_and_every_gradient(version, name):
+    assert_conforms(make(version), name)
+
+
+@settings(max_examples=8)
+@given(
+    kv_heads=st.sampled_from([1, 2, 3]),
+    groups=st.sampled_from([1, 2, 3]),
+    head_dim=st.sampled_from([2, 6, 16, 20]),
+    tied=st.booleans(),
+    bias=st.booleans(),
+    rope=st.sampled_from(["default", "linear", "dynamic"]),
+    vocab=st.sampled_from([5, 97, 130]),
+)
+def test_llama_of_any_shape(kv_heads, groups, head_dim, tied, bias, rope, vocab):
+    scaling = {"rope_type": rope, "rope_theta": 10000.0, **({} if rope == "default" else {"factor": 2.0})}
+    hf = judge(
+        "llama", num_attention_heads=kv_heads * groups, num_key_value_heads=kv_heads, head_dim=head_dim, hidden_size=40,
+        tie_word_embeddings=tied, attention_bias=bias, mlp_bias=bias, rope_parameters=scaling, vocab_size=vocab,
+    )  # fmt: skip
+    assert_conforms(hf, "reference")
+
+
+@each_run
+def test_cached_decoding_equals_the_full_forward(version, name):
+    hf = make(version)
+    model, params = ours(hf)
+    cfg, ids = model.config, tokens(hf, batch=2, length=7)
+    lengths, total = [4, 2], 7  # two prompts of different length, then one token at a time
+    with backend.using(name):
+        wanted = [full_hidden(model, params, ids[b]) for b in range(2)]
+        cache = Cache.empty(
+            cfg.num_hidden_layers, 2, total, cfg.num_key_value_heads, cfg.head_dim, dtype=torch.float32, device=DEVICE
+        )
+        feed = torch.cat([ids[b, :n] for b, n in enumerate(lengths)])
+        positions = torch.cat([torch.arange(n) for n in lengths]).to(DEVICE)
+        segments = Segments.packed(torch.tensor([0, 4, 6], dtype=torch.int32, device=DEVICE), 4)
+        x, cache = hidden_cached(model.family, params, feed, positions, segments, cache, max_position=total - 1)
+        got = [[x[:4]], [x[4:6]]]
+        for step in range(3):
+            at = torch.tensor([n + step for n in lengths], device=DEVICE)
+            x, cache = hidden_cached(
+                model.family, params, torch.stack([ids[0, 4 + step], ids[1, 2 + step]]), at,
+                Segments.uniform(2, 1, DEVICE), cache, max_position=total - 1,
+            )  # fmt: skip
+            for b in range(2):
+                got[b].append(x[b : b + 1])
+    assert cache.lengths_B.tolist() == [7, 5]
+    for b, (mine, full) in enumerate(zip(got, wanted, strict=True)):
+        mine = torch.cat(mine)
+        torch.testing.assert_close(mine, full[: len(mine)], rtol=2e-5, atol=2e-5, msg=f"sequence {b}")
+
+
+def full_hidden(model, params, ids_T):
+    positions = torch.arange(len(ids_T), device=DEVICE)
+    segments = Segments.uniform(1, len(ids_T), DEVICE)
+    return hidden(model.family, params, ids_T, positions, segments, max_position=len(ids_T) - 1)
+
+
+@each_run
+def test_packed_equals_separate(version, name):
+    hf = make(version)
+    model, params = ours(hf)
+    parts = [tokens(hf, 1, n, seed=n)[0] for n in (5, 1, 8)]
+    cu = torch.tensor([0, 5, 6, 14, 14], dtype=torch.int32, device=DEVICE)  # with an empty segment
+    positions = torch.cat([torch.arange(len(p)) for p in parts]).to(DEVICE)
+    with backend.using(name):
+        packed = hidden(
+            model.family, params, torch.cat(parts), positions, Segments.packed(cu, 8), max_position=7
+        ).split([5, 1, 8])
+        for together, part in zip(packed, parts, strict=True):
+            torch.testing.assert_close(together, full_hidden(model, params, part), rtol=2e-5, atol=2e-5)
+
+
+@each_run
+def test_every_policy_gives_the_same_bits(version, name):
+    hf = make(version, num_hidden_layers=2)
+    model, params = ours(hf)
+    batch = Batch.from_tokens(tokens(hf, 1, 6), vocab_size=hf.config.vocab_size)
+    adapters = lora.init(random.key(0), params, rank=2)
+    adapters = tree.map(lambda t: t + 0.1, adapters)
+    saved = model.family.SAVED
+    policies = [{}, dict.fromkeys(saved, SAVE), {saved[0]: RECOMPUTE, "attn": SAVE}, {"norm1": SAVE, "act": SAVE, "rope": SAVE}]
+    with backend.using(name):
+        for trained, apply in ((params, lambda t: t), (adapters, lambda t: lora.adapt(params, t))):
+            step = lambda policy: value_and_grad(lambda t: model.loss(apply(t), batch, policy=policy)[0])(trained)  # noqa
+            value, grads = step(None)
+            for policy in policies:
+                value_p, grads_p = step(policy)
+                assert torch.equal(value, value_p), policy
+                for (path, a), (_, b) in zip(tree.items(grads), tree.items(grads_p), strict=True):
+                    assert torch.equal(a, b), (policy, path)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_load_and_save_are_inverse(version, tmp_path):
+    checkpoint = checkpoint_of(make(version))
+    save_file({k: v.cpu().contiguous() for k, v in checkpoint.tensors.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(__import__("json").dumps(checkpoint.config))
+    family = load.family_of(checkpoint.config)
+    opened = hub.open_checkpoint(str(tmp_path))
+    params = load.read_weights(
+        opened, family.Weights, family.Config.from_hf(opened.config), device=torch.device("cpu"), dtype=torch.float32
+    )
+    again = load.named_tensors(params)
+    assert set(again) == set(checkpoint.tensors)
+    for key, tensor in again.items():
+        assert torch.equal(tensor, checkpoint.tensors[key].cpu()), key
+
+
+@each_run
+def test_new_adapters_change_nothing_and_merging_equals_adapting(version, name):
+    hf = make(version)
+    model, params = ours(hf)
+    ids = tokens(hf, 1, 6)
+    adapters = lora.init(random.key(1), params, rank=3, alpha=6)
+    with backend.using(name):
+        base = model.logits(params, ids)
+        assert torch.equal(base, model.logits(lora.adapt(params, adapters), ids))
+        trained = tree.map(lambda t: t + 0.05, adapters)
+        adapted = model.logits(lora.adapt(params, trained), ids)
+        merged = model.logits(lora.merge(params, trained), ids)
+    assert not torch.allclose(base, adapted, atol=1e-3)
+    torch.testing.assert_close(adapted, merged, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", backend.NAMES)
+def test_nf4_weights_train_like_their_decoded_selves(name):
+    hf = make("smollm2")
+    model, quantised = ours(hf, quantize="nf4")
+    decoded = dense_twin(hf, quantised)
+    batch = Batch.from_tokens(tokens(hf, 1, 6), vocab_size=hf.config.vocab_size)
+    adapters = tree.map(lambda t: t + 0.05, lora.init(random.key(0), quantised, rank=2))
+    with backend.using(name):
+        results = [
+            value_and_grad(lambda t: model.loss(lora.adapt(p, t), batch)[0])(adapters)  # noqa: B023
+            for p in (quantised, decoded)
+        ]
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    for (path, a), (_, b) in zip(tree.items(results[0][1]), tree.items(results[1][1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=path)
+
+
+def dense_twin(hf, quantised):
+    """The same model with every NF4 weight decoded."""
+    checkpoint = checkpoint_of(hf)
+    checkpoint.tensors = {**checkpoint.tensors, **load.named_tensors(quantised)}
+    return load.read_weights(
+        checkpoint, type(quantised), quantised.config, device=DEVICE, dtype=torch.float32
+    )
+
+
+def test_transformers_judges_with_a_head_only_where_untied():
+    assert ours(make("llama-3.2"))[1].head is ABSENT
+    assert ours(make("llama-3.1"))[1].head is not ABSENT

@@ -1,0 +1,89 @@
+"""Tiny random models of every family, with transformers as the judge."""
+
+import dataclasses
+import json
+from typing import Any
+
+import torch
+import transformers
+from oprule import DEVICE
+from torch import Tensor
+
+from unsloth_core import load
+from unsloth_core.models import family_of
+from unsloth_core.models.decoder import Model
+
+BASE = dict(
+    vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, bos_token_id=None, eos_token_id=None,
+    pad_token_id=None,
+)  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16, "rope_theta": 500000.0,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
+
+# name -> (model_type, what differs from BASE)
+VERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-2": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
+    "llama-3": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "rms_norm_eps": 1e-5}),
+    "llama-3.1": ("llama", {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
+    "llama-3.2": ("llama", {"rope_parameters": {**LLAMA3, "factor": 32.0}, "tie_word_embeddings": True}),
+    "smollm2": ("llama", {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}),
+    "tinyllama": ("llama", {"num_attention_heads": 4, "num_key_value_heads": 1}),
+    "yi": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}, "num_key_value_heads": 1}),
+    "r1-distill-llama": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+}
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """What ``open_checkpoint`` gives, from memory."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    source: str = "tiny"
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+def judge(model_type: str, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
+    """A transformers model with random weights (norms and biases too), float32 on the test device."""
+    config = transformers.AutoConfig.for_model(model_type, **{**BASE, **overrides})
+    torch.manual_seed(seed)
+    hf = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        for name, p in hf.named_parameters():
+            if p.ndim == 1:
+                p.copy_(("norm" in name) + 0.3 * torch.randn(p.shape))
+    return hf.to(DEVICE).eval()
+
+
+def checkpoint_of(hf: transformers.PreTrainedModel) -> Checkpoint:
+    """Its config.json and tensors, as ``save_pretrained`` would write them."""
+    config = json.loads(hf.config.to_json_string(use_diff=True))
+    tied = hf.config.tie_word_embeddings
+    tensors = {k: v.detach() for k, v in hf.state_dict().items() if not (tied and k == "lm_head.weight")}
+    return Checkpoint(config, tensors)
+
+
+def ours(hf: transformers.PreTrainedModel, quantize: str | None = None) -> tuple[Model, Any]:
+    """The same model in this library."""
+    checkpoint = checkpoint_of(hf)
+    family = family_of(checkpoint.config)
+    config = family.Config.from_hf(checkpoint.config)
+    params = load.read_weights(
+        checkpoint, family.Weights, config, device=DEVICE, dtype=torch.float32, quantize=quantize
+    )
+    return Model(family=family, config=config), params
