@@ -1,0 +1,794 @@
+"""Attention over packed segments: flash forward, and a deterministic backward in two kernels.
+
+Formula, for query row i and key row j of the same segment, query head h and key head g = h // (H / G):
+    S = scale · q·kᵀ;  S ← softcap · tanh(S / softcap);  lse = log Σ_visible e^S;  P = e^(S − lse);  o = P·v
+Backward:
+    Δ = Σ o∘do − dlse;  dv = Pᵀ·do;  dS = P∘(do·vᵀ − Δ)∘(1 − (S / softcap)²);  dq = scale · dS·k;  dk = scale · dSᵀ·q
+
+Every mask is an interval. Query and key of a segment are aligned at their ends, so the key on the diagonal of query row i
+is row i + (kv_end − q_end). The keys that row i sees are [lo, hi), where causal lowers hi to just behind the diagonal and a
+window raises lo to W − 1 before it; and the queries that see a key row are an interval by the same formula, mirrored. Both
+bounds never decrease from row to row of the packed buffer, so a tile of rows meets one range of partners: blocks in the
+middle of it need no mask, blocks at its two ends do. Causal or not, windows, packing, chunked prefill and decoding from a
+cache of static capacity are therefore one code path, and each program finds its own bounds by a binary search of log2(S)
+steps. Rows in no segment, or with nothing visible, give o = 0, lse = −inf and no gradient. Rows of k and v that lie in the
+gaps between segments are never visible, but must be finite (0 · NaN is NaN).
+
+Few queries per segment (decoding): the query heads of one key head become rows of the same tile, so a cache row is read
+once for all of them, and the keys are split over programs whose partial results are merged in a fixed order.
+
+Residuals: q, k, v and both segments (arguments), o (an output), lse (an output if asked for, else 4·N·H new bytes).
+Dtype: fp16, bf16 or fp32 in and out; products, softmax and sums in fp32, P and dS rounded to the input's dtype for their
+products; lse fp32. fp32 inputs are multiplied exactly (no tf32). Any token and head stride, no copies.
+Bytes (b per element): forward fused (2·N·H + 2·M·G)·K·b; unfused 2·N·M·H·(4 + b) more. Backward needs 8·N·H scratch bytes.
+Limits: head size 1 to 256, the same for q, k and v; double backward raises.
+
+Sources of the ideas: online softmax (Milakov and Gimelshein 2018), FlashAttention-2 (Dao 2023) for the two-kernel backward
+and the loop order, Flash-Decoding (Dao et al. 2023) for split keys, base-2 exponentials throughout.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import device
+from ..autodiff import custom_vjp
+from ..cost import Cost
+from ..segments import Segments
+from ..tree import ABSENT, Tree
+from .language import cast, dot
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(
+    -3.4028234663852886e38
+)  # finite, so that a fully masked row never computes −inf − (−inf)
+
+
+class Tiles(NamedTuple):
+    """One row of the launch table. ``queries`` × ``keys`` is the block of scores that a program holds."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    maxnreg: int | None = None
+
+    def options(self) -> dict[str, int | bool | None]:
+        options: dict[str, int | bool | None] = {
+            "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True
+        }  # fmt: skip
+        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
+
+
+class Launch(NamedTuple):
+    """The tiles of all kernels for one head size, dtype and device."""
+
+    forward: Tiles
+    decode: Tiles  # ``queries`` is set by the shapes here
+    dkdv: Tiles
+    dq: Tiles
+
+
+# By (device class, largest head size). Shared memory per program: 227 KiB on sm_90 and sm_100, 163 KiB on sm_80, 99 KiB on
+# sm_86, sm_89 and sm_120. fp32 products run on scalar units everywhere, so their tiles are bounded by registers instead.
+TABLE: dict[tuple[str, int], Launch] = {
+    ("sm_90", 64): Launch(
+        Tiles(128, 128, 8, 2, 128), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)
+    ),
+    ("sm_90", 128): Launch(
+        Tiles(128, 64, 8, 2, 128), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
+    ),
+    ("sm_90", 256): Launch(
+        Tiles(128, 64, 8, 2), Tiles(16, 64, 4, 2), Tiles(64, 64, 8, 1), Tiles(64, 64, 4, 2)
+    ),
+    ("sm_80", 64): Launch(
+        Tiles(128, 64, 4, 2), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
+    ),
+    ("sm_80", 128): Launch(
+        Tiles(128, 64, 8, 2), Tiles(16, 64, 4, 3), Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 2)
+    ),
+    ("sm_80", 256): Launch(
+        Tiles(64, 32, 4, 2), Tiles(16, 64, 4, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 8, 2)
+    ),
+    ("small", 64): Launch(
+        Tiles(128, 64, 4, 2), Tiles(16, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
+    ),
+    ("small", 128): Launch(
+        Tiles(128, 32, 8, 2), Tiles(16, 64, 4, 2), Tiles(32, 64, 8, 2), Tiles(64, 32, 4, 2)
+    ),
+    ("small", 256): Launch(
+        Tiles(64, 32, 4, 1), Tiles(16, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(64, 32, 8, 1)
+    ),
+    ("fp32", 64): Launch(Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    ("fp32", 128): Launch(Tiles(32, 32, 8, 1), Tiles(16, 32, 4, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    ("fp32", 256): Launch(Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1)),
+}
+# Small and unequal, so that a test of a hundred tokens walks several blocks in both directions.
+INTERPRETED = Launch(Tiles(32, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1))
+
+
+def configurations(capability: tuple[int, int]) -> dict[tuple[torch.dtype, int], Launch]:
+    """Every (dtype, largest head size) of the launch table for a device: what has to be run once on each new GPU."""
+    return {
+        (dtype, size): _launch(dtype, size, capability)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for size in (64, 128, 256)
+    }
+
+
+def _launch(dtype: torch.dtype, size: int, capability: tuple[int, int]) -> Launch:
+    if device.interpreting():
+        return INTERPRETED
+    if dtype == torch.float32 or capability < (8, 0):  # before sm_80 Triton's products are scalar
+        kind = "fp32"
+    elif capability[0] in (9, 10):
+        kind = "sm_90"
+    else:
+        kind = "sm_80" if capability == (8, 0) else "small"
+    return TABLE[kind, 64 if size <= 64 else 128 if size <= 128 else 256]
+
+
+@triton.jit
+def _partners(
+    row, starts, ends, other_starts, other_ends, S, other_rows, window,
+    STEPS: tl.constexpr, CAUSAL: tl.constexpr, OF_KEYS: tl.constexpr,
+):  # fmt: skip
+    """``[lo, hi)``: rows of the other side that ``row`` may meet (keys a query sees, or queries that see a key)."""
+    s = tl.zeros_like(row)  # how many segments start at or before the row; STEPS is the bit length of S
+    for j in tl.static_range(STEPS):
+        probe = s + (1 << (STEPS - 1 - j))
+        start = tl.load(starts + probe - 1, mask=probe <= S, other=2147483647)
+        s = tl.where(start <= row, probe, s)
+    found = s > 0
+    end = tl.load(ends + s - 1, mask=found, other=0)
+    other_start = tl.load(other_starts + s - 1, mask=found, other=0)
+    other_end = tl.load(other_ends + s - 1, mask=found, other=0)
+    lo, hi = other_start, other_end
+    diagonal = row + (other_end - end)
+    if OF_KEYS:
+        if CAUSAL:
+            lo = tl.maximum(lo, diagonal)
+        if window is not None:
+            hi = tl.minimum(hi, diagonal + window)
+    else:
+        if CAUSAL:
+            hi = tl.minimum(hi, diagonal + 1)
+        if window is not None:
+            lo = tl.maximum(lo, diagonal - window + 1)
+    # A row behind its segment's end is in a gap: an empty interval there keeps both bounds monotone.
+    inside = row < end
+    lo = tl.where(inside, tl.minimum(lo, other_end), other_end)
+    hi = tl.where(inside, tl.maximum(hi, other_start), other_end)
+    return tl.minimum(tl.maximum(lo, 0), other_rows), tl.minimum(tl.maximum(hi, 0), other_rows)
+
+
+@triton.jit
+def _blocks(lo, hi, begin, end, B: tl.constexpr):
+    """Cut [begin, end) into blocks of B. Those that all rows see whole start at ``first`` (``full`` of them); ``left``
+    blocks before them and the rest behind them, together ``partial``, need the mask."""
+    left = tl.cdiv(tl.minimum(tl.maximum(tl.max(lo, 0), begin), end) - begin, B)
+    first = begin + left * B
+    full = tl.maximum(tl.minimum(tl.min(hi, 0), end) - first, 0) // B
+    right = tl.cdiv(tl.maximum(end - first - full * B, 0), B)
+    return first, full, left, left + right
+
+
+@triton.jit
+def _source(base, rows, row_stride, head_stride, HEADS: tl.constexpr, HEAD: tl.constexpr,
+            B: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """What :func:`_tile` reads blocks of B rows from: a pointer, or a descriptor in which heads are column ranges."""
+    if TMA:
+        columns = (HEADS - 1) * head_stride + HEAD
+        return tl.make_tensor_descriptor(base, [rows, columns], [row_stride, 1], [B, WIDTH])
+    else:
+        return base
+
+
+@triton.jit
+def _tile(source, row, rows, head, row_stride, head_stride, stride, HEAD: tl.constexpr, FIRST: tl.constexpr,
+          B: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """Rows [row, row + B), channels [FIRST, FIRST + WIDTH) of one head; zeros beyond HEAD and beyond ``rows``, which are
+    looked for only with MASK."""
+    if TMA:
+        return source.load([row, head * head_stride + FIRST])
+    else:
+        local, channel = tl.arange(0, B), FIRST + tl.arange(0, WIDTH)
+        base = source + row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride
+        pointer = base + (local * row_stride)[:, None] + (channel * stride)[None, :]
+        ok = row + local < rows
+        inside = (channel < HEAD)[None, :]
+        if FIRST + WIDTH > HEAD:
+            return tl.load(pointer, mask=(ok[:, None] & inside) if MASK else inside, other=0.0)
+        elif MASK:
+            return tl.load(pointer, mask=ok[:, None], other=0.0)
+        else:
+            return tl.load(pointer)
+
+
+@triton.jit
+def _first(base, row, rows, head, row_stride, head_stride, stride, HEADS: tl.constexpr, HEAD: tl.constexpr,
+           B: tl.constexpr, FOLD: tl.constexpr, PER: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+           TMA: tl.constexpr):  # fmt: skip
+    """The tile that a program keeps: rows [row, row + B) of ``head``, or of the PER heads from it on as B × FOLD rows."""
+    if FOLD == 1:
+        source = _source(base, rows, row_stride, head_stride, HEADS, HEAD, B, WIDTH, TMA)
+        return _tile(
+            source, row, rows, head, row_stride, head_stride, stride, HEAD, FIRST, B, WIDTH, True, TMA
+        )
+    else:
+        r, channel = tl.arange(0, B * FOLD), FIRST + tl.arange(0, WIDTH)
+        base += row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride
+        local = r // FOLD * row_stride + r % FOLD * head_stride
+        ok = (row + r // FOLD < rows) & (r % FOLD < PER)
+        pointer = base + local[:, None] + (channel * stride)[None, :]
+        return tl.load(pointer, mask=ok[:, None] & (channel < HEAD)[None, :], other=0.0)
+
+
+@triton.jit
+def _put(base, offset, ok, x, HEAD: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Store fp32 ``x`` as channels [FIRST, FIRST + WIDTH) of contiguous rows."""
+    channel = FIRST + tl.arange(0, WIDTH)
+    pointer = base + offset[:, None] + channel[None, :]
+    tl.store(pointer, cast(x, base.dtype.element_ty), mask=ok[:, None] & (channel < HEAD)[None, :])
+
+
+@triton.jit
+def _product(a, a2, b, b2, K2: tl.constexpr):
+    """a·bᵀ over the whole head, in the two pieces it is stored in (96 = 64 + 32 wastes nothing, one piece of 128 would)."""
+    s = dot(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), tl.float32))
+    if K2 > 0:
+        s = dot(a2, tl.trans(b2), s)
+    return s
+
+
+@triton.jit
+def _tanh(x):
+    e = tl.exp2(tl.abs(x) * -2.8853900817779268)  # e^(−2|x|), never overflows
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def _probability(s, factor, lse, EXACT: tl.constexpr):
+    """e^(s·factor − lse) in base 2; for 16-bit inputs with one multiply-add per score, for fp32 with one rounding less."""
+    if EXACT:
+        return tl.exp2((s * factor - lse) * LOG2E)
+    else:
+        return tl.exp2(s * (factor * LOG2E) - lse * LOG2E)
+
+
+@triton.jit(do_not_specialize=["inner", "outer"])
+def _forward(
+    Q, K, V, O, L, q_starts, q_ends, kv_starts, kv_ends, S, N, M,
+    q_n, q_h, q_k, k_m, k_g, k_k, v_m, v_g, v_k, inner, outer, window,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
+    TOKENS: tl.constexpr, FOLD: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+    STEPS: tl.constexpr, CAUSAL: tl.constexpr, NEGATE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """A tile of TOKENS × FOLD query rows against its keys, or a SPLITS-th of them."""
+    BM: tl.constexpr = TOKENS * FOLD
+    PER: tl.constexpr = GROUP if FOLD > 1 else 1  # query heads in a tile
+    W2: tl.constexpr = K2 if K2 > 0 else 16
+    # Neighbouring programs share keys; late tokens, which see most keys under a causal mask, go first.
+    program = tl.program_id(0)
+    head = program % (HEADS // PER) * PER
+    group = head // GROUP
+    split = program // (HEADS // PER) % SPLITS
+    token = (tl.cdiv(N, TOKENS) - 1 - program // (HEADS // PER * SPLITS)) * TOKENS
+
+    r = tl.arange(0, BM)
+    row, member = token + r // FOLD, r % FOLD
+    ok = (row < N) & (member < PER)
+    lo, hi = _partners(
+        tl.minimum(row, N - 1), q_starts, q_ends, kv_starts, kv_ends, S, M, window, STEPS, CAUSAL, False
+    )
+    begin, end = tl.min(lo, 0), tl.max(hi, 0)
+    if SPLITS > 1:
+        share = tl.cdiv(tl.cdiv(end - begin, BN), SPLITS) * BN
+        begin = tl.minimum(begin + split * share, end)
+        end = tl.minimum(begin + share, end)
+    first, full, left, partial = _blocks(lo, hi, begin, end, BN)
+
+    q = _first(Q, token, N, head, q_n, q_h, q_k, HEADS, HEAD, TOKENS, FOLD, PER, 0, K1, TMA)
+    k_from = _source(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K1, TMA)
+    v_from = _source(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K1, TMA)
+    q2, k_from2, v_from2 = q, k_from, v_from
+    if K2 > 0:
+        q2 = _first(Q, token, N, head, q_n, q_h, q_k, HEADS, HEAD, TOKENS, FOLD, PER, K1, K2, TMA)
+        k_from2 = _source(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K2, TMA)
+        v_from2 = _source(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K2, TMA)
+
+    c = tl.arange(0, BN)
+    m = tl.full((BM,), LOWEST, tl.float32)
+    l = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, K1), tl.float32)
+    acc2 = tl.zeros((BM, W2), tl.float32)
+    for masked in tl.static_range(2):
+        for j in tl.range(0, partial if masked else full):
+            n = first + j * BN
+            if masked:
+                n = tl.where(j < left, begin + j * BN, first + (full + j - left) * BN)
+            k = _tile(k_from, n, end, group, k_m, k_g, k_k, HEAD, 0, BN, K1, masked, TMA)
+            k2 = k
+            if K2 > 0:
+                k2 = _tile(k_from2, n, end, group, k_m, k_g, k_k, HEAD, K1, BN, K2, masked, TMA)
+            s = _product(q, q2, k, k2, K2)
+            if NEGATE:
+                s = -s
+            factor = inner * LOG2E
+            if outer is not None:
+                s = _tanh(s * inner)
+                factor = outer * LOG2E
+            if masked:
+                visible = ((n + c)[None, :] >= lo[:, None]) & (
+                    (n + c)[None, :] < tl.minimum(hi, end)[:, None]
+                )
+                s = tl.where(visible, s * factor, float("-inf"))
+                top = tl.maximum(m, tl.max(s, 1))
+                p = tl.exp2(s - top[:, None])
+            else:
+                top = tl.maximum(m, tl.max(s, 1) * factor)
+                p = tl.exp2(s * factor - top[:, None])
+            decay = tl.exp2(m - top)
+            m = top
+            l = l * decay + tl.sum(p, 1)
+            p = cast(p, V.dtype.element_ty)
+            v = _tile(v_from, n, end, group, v_m, v_g, v_k, HEAD, 0, BN, K1, masked, TMA)
+            acc = dot(p, v, acc * decay[:, None])
+            if K2 > 0:
+                v2 = _tile(v_from2, n, end, group, v_m, v_g, v_k, HEAD, K1, BN, K2, masked, TMA)
+                acc2 = dot(p, v2, acc2 * decay[:, None])
+
+    empty = l == 0
+    l = tl.where(empty, 1.0, l)
+    at = (split.to(tl.int64) * N + token) * HEADS + head
+    if L is not None:
+        tl.store(
+            L + at + r // FOLD * HEADS + member,
+            tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2),
+            mask=ok,
+        )
+    o_offset = (r // FOLD * HEADS + member) * HEAD
+    _put(O + at * HEAD, o_offset, ok, acc / l[:, None], HEAD, 0, K1)
+    if K2 > 0:
+        _put(O + at * HEAD, o_offset, ok, acc2 / l[:, None], HEAD, K1, K2)
+
+
+@triton.jit
+def _merge(PO, PL, O, L, rows, HEAD: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
+    """One row of o from its SPLITS normalised parts: L = log Σ e^(Lᵢ), o = Σ e^(Lᵢ − L)·oᵢ, always in the same order."""
+    row = tl.program_id(0).to(tl.int64)
+    part, channel = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    lse = tl.load(PL + part * rows + row) * LOG2E
+    top = tl.maximum(tl.max(lse, 0), LOWEST)
+    weight = tl.exp2(lse - top)
+    total = tl.sum(weight, 0)
+    empty = total == 0
+    total = tl.where(empty, 1.0, total)
+    o = tl.load(
+        PO + (part * rows + row)[:, None] * HEAD + channel[None, :], mask=(channel < HEAD)[None, :], other=0.0
+    )
+    o = tl.sum(o * weight[:, None], 0) / total
+    tl.store(O + row * HEAD + channel, cast(o, O.dtype.element_ty), mask=channel < HEAD)
+    if L is not None:
+        tl.store(L + row, tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2))
+
+
+@triton.jit
+def _delta(
+    O, DO, LSE, DLSE, LSE_H, DELTA, N, o_n, o_h, o_k, do_n, do_h, do_k, l_n, l_h, dl_n, dl_h,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Δ = Σ o∘do − dlse, and lse again, both (H, N) so that backward reads them in rows; lse is +inf for rows that see
+    nothing, whose P = e^(S − inf) is then 0 whatever S is."""
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * B + tl.arange(0, B)
+    ok, wide = row < N, row.to(tl.int64)
+    channel = tl.arange(0, WIDTH)
+    mask = ok[:, None] & (channel < HEAD)[None, :]
+    o = tl.load(O + head * o_h + (wide * o_n)[:, None] + (channel * o_k)[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
+    do = tl.load(
+        DO + head * do_h + (wide * do_n)[:, None] + (channel * do_k)[None, :], mask=mask, other=0.0
+    ).to(tl.float32)
+    delta = tl.sum(o * do, 1)
+    if DLSE is not None:
+        delta -= tl.load(DLSE + wide * dl_n + head * dl_h, mask=ok, other=0.0).to(tl.float32)
+    lse = tl.load(LSE + wide * l_n + head * l_h, mask=ok, other=0.0)
+    empty = lse == float("-inf")
+    tl.store(LSE_H + head * N + row, tl.where(empty, float("inf"), lse), mask=ok)
+    tl.store(DELTA + head * N + row, tl.where(empty, 0.0, delta), mask=ok)
+
+
+@triton.jit(do_not_specialize=["inner", "outer", "scale"])
+def _dkdv(
+    Q, K, V, DO, LSE, DELTA, DK, DV, q_starts, q_ends, kv_starts, kv_ends, S, N, M,
+    q_n, q_h, q_k, k_m, k_g, k_k, v_m, v_g, v_k, do_n, do_h, do_k, inner, outer, scale, window,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr, NEGATE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """dk and dv (either may be None) of BN key rows of one key head: loops over its query heads and the rows that see it.
+
+    Scores are computed transposed, K·Qᵀ, so that Pᵀ and dSᵀ are results of a product as they stand: transposing a result
+    serialises Hopper's matrix units and was miscompiled by several Triton versions.
+    """
+    W2: tl.constexpr = K2 if K2 > 0 else 16
+    program = tl.program_id(0)
+    group = program % GROUPS
+    n = program // GROUPS * BN
+    c = tl.arange(0, BN)
+    ok = n + c < M
+    lo, hi = _partners(
+        tl.minimum(n + c, M - 1), kv_starts, kv_ends, q_starts, q_ends, S, N, window, STEPS, CAUSAL, True
+    )
+    begin, end = tl.min(lo, 0), tl.max(hi, 0)
+    first, full, left, partial = _blocks(lo, hi, begin, end, BM)
+
+    k = _first(K, n, M, group, k_m, k_g, k_k, GROUPS, HEAD, BN, 1, 1, 0, K1, TMA)
+    v = _first(V, n, M, group, v_m, v_g, v_k, GROUPS, HEAD, BN, 1, 1, 0, K1, TMA)
+    q_from = _source(Q, end, q_n, q_h, GROUPS * GROUP, HEAD, BM, K1, TMA)
+    do_from = _source(DO, end, do_n, do_h, GROUPS * GROUP, HEAD, BM, K1, TMA)
+    k2, v2, q_from2, do_from2 = k, v, q_from, do_from
+    if K2 > 0:
+        k2 = _first(K, n, M, group, k_m, k_g, k_k, GROUPS, HEAD, BN, 1, 1, K1, K2, TMA)
+        v2 = _first(V, n, M, group, v_m, v_g, v_k, GROUPS, HEAD, BN, 1, 1, K1, K2, TMA)
+        q_from2 = _source(Q, end, q_n, q_h, GROUPS * GROUP, HEAD, BM, K2, TMA)
+        do_from2 = _source(DO, end, do_n, do_h, GROUPS * GROUP, HEAD, BM, K2, TMA)
+
+    r = tl.arange(0, BM)
+    dk, dv = tl.zeros((BN, K1), tl.float32), tl.zeros((BN, K1), tl.float32)
+    dk2, dv2 = tl.zeros((BN, W2), tl.float32), tl.zeros((BN, W2), tl.float32)
+    for member in tl.range(0, GROUP):
+        head = group * GROUP + member
+        at = head.to(tl.int64) * N
+        for masked in tl.static_range(2):
+            for j in tl.range(0, partial if masked else full):
+                i = first + j * BM
+                if masked:
+                    i = tl.where(j < left, begin + j * BM, first + (full + j - left) * BM)
+                seen = i + r < end
+                q = _tile(q_from, i, end, head, q_n, q_h, q_k, HEAD, 0, BM, K1, masked, TMA)
+                do = _tile(do_from, i, end, head, do_n, do_h, do_k, HEAD, 0, BM, K1, masked, TMA)
+                q2, do2 = q, do
+                if K2 > 0:
+                    q2 = _tile(q_from2, i, end, head, q_n, q_h, q_k, HEAD, K1, BM, K2, masked, TMA)
+                    do2 = _tile(do_from2, i, end, head, do_n, do_h, do_k, HEAD, K1, BM, K2, masked, TMA)
+                lse = tl.load(LSE + at + i + r, mask=seen, other=float("inf"))
+                s = _product(k, k2, q, q2, K2)
+                if NEGATE:
+                    s = -s
+                factor = inner
+                if outer is not None:
+                    s = _tanh(s * inner)
+                    factor = outer
+                p = _probability(s, factor, lse[None, :], Q.dtype.element_ty == tl.float32)
+                if masked:
+                    p = tl.where(((i + r)[None, :] >= lo[:, None]) & ((i + r)[None, :] < hi[:, None]), p, 0.0)
+                if DV is not None:
+                    p16 = cast(p, Q.dtype.element_ty)
+                    dv = dot(p16, do, dv)
+                    if K2 > 0:
+                        dv2 = dot(p16, do2, dv2)
+                if DK is not None:
+                    delta = tl.load(DELTA + at + i + r, mask=seen, other=0.0)
+                    ds = p * (_product(v, v2, do, do2, K2) - delta[None, :])
+                    if outer is not None:
+                        ds = ds * (1.0 - s * s)
+                    ds = cast(ds, Q.dtype.element_ty)
+                    dk = dot(ds, q, dk)
+                    if K2 > 0:
+                        dk2 = dot(ds, q2, dk2)
+
+    at, offset = (n.to(tl.int64) * GROUPS + group) * HEAD, c * (GROUPS * HEAD)
+    if DV is not None:
+        _put(DV + at, offset, ok, dv, HEAD, 0, K1)
+        if K2 > 0:
+            _put(DV + at, offset, ok, dv2, HEAD, K1, K2)
+    if DK is not None:
+        _put(DK + at, offset, ok, dk * scale, HEAD, 0, K1)
+        if K2 > 0:
+            _put(DK + at, offset, ok, dk2 * scale, HEAD, K1, K2)
+
+
+@triton.jit(do_not_specialize=["inner", "outer", "scale"])
+def _dq(
+    Q, K, V, DO, LSE, DELTA, DQ, q_starts, q_ends, kv_starts, kv_ends, S, N, M,
+    q_n, q_h, q_k, k_m, k_g, k_k, v_m, v_g, v_k, do_n, do_h, do_k, inner, outer, scale, window,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr, NEGATE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """dq of BM query rows of one head: loops over the keys they see."""
+    W2: tl.constexpr = K2 if K2 > 0 else 16
+    program = tl.program_id(0)
+    head = program % HEADS
+    group = head // GROUP
+    i = (tl.cdiv(N, BM) - 1 - program // HEADS) * BM
+    r = tl.arange(0, BM)
+    ok = i + r < N
+    lo, hi = _partners(
+        tl.minimum(i + r, N - 1), q_starts, q_ends, kv_starts, kv_ends, S, M, window, STEPS, CAUSAL, False
+    )
+    begin, end = tl.min(lo, 0), tl.max(hi, 0)
+    first, full, left, partial = _blocks(lo, hi, begin, end, BN)
+
+    q = _first(Q, i, N, head, q_n, q_h, q_k, HEADS, HEAD, BM, 1, 1, 0, K1, TMA)
+    do = _first(DO, i, N, head, do_n, do_h, do_k, HEADS, HEAD, BM, 1, 1, 0, K1, TMA)
+    k_from = _source(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K1, TMA)
+    v_from = _source(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K1, TMA)
+    q2, do2, k_from2, v_from2 = q, do, k_from, v_from
+    if K2 > 0:
+        q2 = _first(Q, i, N, head, q_n, q_h, q_k, HEADS, HEAD, BM, 1, 1, K1, K2, TMA)
+        do2 = _first(DO, i, N, head, do_n, do_h, do_k, HEADS, HEAD, BM, 1, 1, K1, K2, TMA)
+        k_from2 = _source(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K2, TMA)
+        v_from2 = _source(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K2, TMA)
+    at = head.to(tl.int64) * N + i
+    lse = tl.load(LSE + at + r, mask=ok, other=float("inf"))
+    delta = tl.load(DELTA + at + r, mask=ok, other=0.0)
+
+    c = tl.arange(0, BN)
+    dq, dq2 = tl.zeros((BM, K1), tl.float32), tl.zeros((BM, W2), tl.float32)
+    for masked in tl.static_range(2):
+        for j in tl.range(0, partial if masked else full):
+            n = first + j * BN
+            if masked:
+                n = tl.where(j < left, begin + j * BN, first + (full + j - left) * BN)
+            k = _tile(k_from, n, end, group, k_m, k_g, k_k, HEAD, 0, BN, K1, masked, TMA)
+            v = _tile(v_from, n, end, group, v_m, v_g, v_k, HEAD, 0, BN, K1, masked, TMA)
+            k2, v2 = k, v
+            if K2 > 0:
+                k2 = _tile(k_from2, n, end, group, k_m, k_g, k_k, HEAD, K1, BN, K2, masked, TMA)
+                v2 = _tile(v_from2, n, end, group, v_m, v_g, v_k, HEAD, K1, BN, K2, masked, TMA)
+            s = _product(q, q2, k, k2, K2)
+            if NEGATE:
+                s = -s
+            factor = inner
+            if outer is not None:
+                s = _tanh(s * inner)
+                factor = outer
+            p = _probability(s, factor, lse[:, None], Q.dtype.element_ty == tl.float32)
+            if masked:
+                p = tl.where(((n + c)[None, :] >= lo[:, None]) & ((n + c)[None, :] < hi[:, None]), p, 0.0)
+            ds = p * (_product(do, do2, v, v2, K2) - delta[:, None])
+            if outer is not None:
+                ds = ds * (1.0 - s * s)
+            ds = cast(ds, Q.dtype.element_ty)
+            dq = dot(ds, k, dq)
+            if K2 > 0:
+                dq2 = dot(ds, k2, dq2)
+
+    at, offset = (i.to(tl.int64) * HEADS + head) * HEAD, r * (HEADS * HEAD)
+    _put(DQ + at, offset, ok, dq * scale, HEAD, 0, K1)
+    if K2 > 0:
+        _put(DQ + at, offset, ok, dq2 * scale, HEAD, K1, K2)
+
+
+def attention_fwd(
+    q_NHK: Tensor,
+    k_MGK: Tensor,
+    v_MGK: Tensor,
+    q_segments: Segments,
+    kv_segments: Segments,
+    *,
+    needs: Tree,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor | tuple[Tensor, Tensor], Tree]:
+    """Attention of every query row over the visible keys of the segment with the same index.
+
+    ``q_NHK`` (N, H, K), ``k_MGK`` and ``v_MGK`` (M, G, K): fp16, bf16 or fp32, any strides; H a multiple of G. ``scale``:
+    default K**-0.5. A query's position counts from the end: the last query row of a segment stands at its last key row.
+    ``causal``: keys up to that position. ``window`` W: only keys whose position is greater than the query's minus W.
+    Returns ``o_NHK`` in q's dtype, and with ``return_lse`` also ``lse_NH`` (natural logarithm, fp32), which takes part in
+    the gradient. Raises ValueError for shapes, dtypes, devices or statics that do not fit.
+    """
+    _check(q_NHK, k_MGK, v_MGK, q_segments, kv_segments, window, softcap)
+    (N, H, K), (M, G, _) = q_NHK.shape, k_MGK.shape
+    where, group = q_NHK.device, H // G
+    launch = _launch(q_NHK.dtype, K, device.capability(where))
+    tokens, fold, splits, tiles = launch.forward.queries, 1, 1, launch.forward
+    few = triton.next_power_of_2(max(q_segments.max_len, 1))
+    if few * triton.next_power_of_2(group) <= 64:
+        tiles = launch.decode
+        tokens, fold = few, max(triton.next_power_of_2(group), tiles.queries // few)
+        blocks = triton.cdiv(kv_segments.max_len, tiles.keys)
+        programs = triton.cdiv(N, tokens) * G
+        splits = max(1, min(2 * device.sms(where) // max(programs, 1), blocks // 2, 64))
+        splits = 1 << (splits.bit_length() - 1)
+
+    o = torch.empty((N, H, K), dtype=q_NHK.dtype, device=where)
+    lse = torch.empty((N, H), dtype=torch.float32, device=where) if return_lse or any(needs[:3]) else None
+    if splits > 1:
+        to = torch.empty((splits, N, H, K), dtype=torch.float32, device=where)
+        to_lse = torch.empty((splits, N, H), dtype=torch.float32, device=where)
+    else:
+        to, to_lse = o, lse
+    device.launch(
+        _forward, (triton.cdiv(N, tokens) * (H if fold == 1 else G) * splits,), q_NHK, k_MGK, v_MGK, to, to_lse,
+        *_segments(q_segments, kv_segments), N, M, *q_NHK.stride(), *k_MGK.stride(), *v_MGK.stride(),
+        *_factors(K, scale, softcap)[:2], window, H, group, K, *_pieces(K), tokens, fold, tiles.keys, splits,
+        q_segments.starts_S.shape[0].bit_length(), causal, scale is not None and scale < 0,
+        _by_tma(q_NHK, k_MGK, v_MGK), **tiles.options(),
+    )  # fmt: skip
+    if splits > 1:
+        device.launch(
+            _merge, (N * H,), to, to_lse, o, lse, N * H, K, triton.next_power_of_2(K), splits, num_warps=1
+        )
+    out = (o, lse) if return_lse else o
+    return out, (q_NHK, k_MGK, v_MGK, o, ABSENT if lse is None else lse, q_segments, kv_segments)
+
+
+def attention_bwd(
+    residuals: Tree,
+    dy: Tensor | tuple[Tensor, Tensor],
+    *,
+    needs: Tree,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tree, Tree]:
+    """``(dq, dk, dv, ABSENT, ABSENT)``: three kernels at most, Δ, then dk with dv, then dq, each only if needed."""
+    q, k, v, o, lse, q_segments, kv_segments = residuals
+    (N, H, K), (M, G, _) = q.shape, k.shape
+    where, group = q.device, H // G
+    do, dlse = dy if isinstance(dy, tuple) else (dy, ABSENT)
+    if do is ABSENT:
+        do = o.new_zeros(()).expand(o.shape)
+    launch = _launch(q.dtype, K, device.capability(where))
+    inner, outer, scale = _factors(K, scale, softcap)
+    segments = (*_segments(q_segments, kv_segments), N, M)
+    strides = (*q.stride(), *k.stride(), *v.stride(), *do.stride())
+    steps = q_segments.starts_S.shape[0].bit_length()
+
+    lse_h = torch.empty((H, N), dtype=torch.float32, device=where)
+    delta = torch.empty((H, N), dtype=torch.float32, device=where)
+    device.launch(
+        _delta, (triton.cdiv(N, 64), H), o, do, lse, dlse if dlse is not ABSENT else None, lse_h, delta, N,
+        *o.stride(), *do.stride(), *lse.stride(), *(dlse.stride() if dlse is not ABSENT else (0, 0)),
+        K, triton.next_power_of_2(K), 64, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    dq, dk, dv = (
+        torch.empty(t.shape, dtype=t.dtype, device=where) if n else None
+        for t, n in zip((q, k, v), needs, strict=False)
+    )
+    if needs[1] or needs[2]:
+        tiles = launch.dkdv
+        device.launch(
+            _dkdv, (triton.cdiv(M, tiles.keys) * G,), q, k, v, do, lse_h, delta, dk, dv, *segments, *strides,
+            inner, outer, scale, window, G, group, K, *_pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
+            _by_tma(q, k, v, do), **tiles.options(),
+        )  # fmt: skip
+    if needs[0]:
+        tiles = launch.dq
+        device.launch(
+            _dq, (triton.cdiv(N, tiles.queries) * H,), q, k, v, do, lse_h, delta, dq, *segments, *strides,
+            inner, outer, scale, window, H, group, K, *_pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
+            _by_tma(q, k, v, do), **tiles.options(),
+        )  # fmt: skip
+    return *(ABSENT if d is None else d for d in (dq, dk, dv)), ABSENT, ABSENT
+
+
+attention = custom_vjp(attention_fwd, attention_bwd)
+
+
+def cost(
+    lengths: Sequence[tuple[int, int]],
+    H: int,
+    G: int,
+    K: int,
+    itemsize: int,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    backward: bool = False,
+) -> Cost:
+    """Forward (or backward) over segments of ``(queries, keys)`` rows. Only visible pairs count: 2 products forward, 5 back."""
+    pairs = 0
+    for queries, keys in lengths:
+        ends = range(keys - queries, keys)  # positions of the queries
+        seen = _triangle(ends) if causal else queries * keys
+        pairs += seen - (0 if window is None else _triangle(range(ends.start - window, ends.stop - window)))
+    N, M = sum(q for q, _ in lengths), sum(k for _, k in lengths)
+    tensors = (N * H + M * G) * 2 * K * itemsize
+    if backward:
+        return Cost(bytes=2 * tensors + N * H * (2 * K * itemsize + 4), flops=10 * pairs * H * K)
+    return Cost(bytes=tensors + 4 * N * H, flops=4 * pairs * H * K)
+
+
+def _triangle(positions: range) -> int:
+    """Σ max(0, p + 1) over a range of positions: the keys at or before each of them."""
+    low, high = max(positions.start, 0), max(positions.stop, 0)
+    return high * (high + 1) // 2 - low * (low + 1) // 2
+
+
+def _pieces(K: int) -> tuple[int, int]:
+    """A head as one power of two, or as two if their sum is smaller: 80 = 64 + 16, 96 = 64 + 32, 128 = 128 + 0."""
+    whole = max(16, triton.next_power_of_2(K))
+    rest = max(16, triton.next_power_of_2(max(K - whole // 2, 1)))
+    return (whole // 2, rest) if K > 32 and whole // 2 + rest < whole else (whole, 0)
+
+
+def _by_tma(*tensors: Tensor) -> bool:
+    """Whether Hopper's copy engine can read blocks of these: 16-bit, aligned, and heads made of whole pieces."""
+    size = tensors[0].shape[2]
+    if device.capability(tensors[0].device) < (9, 0) and not device.interpreting():
+        return False
+    return sum(_pieces(size)) == size and all(
+        t.element_size() == 2 and t.stride(2) == 1 and t.data_ptr() % 16 == 0 and 0 < t.stride(0) < 2**31
+        and t.stride(0) % 8 == 0 and t.stride(1) % 8 == 0 and t.shape[1] * t.stride(1) < 2**31
+        for t in tensors
+    )  # fmt: skip
+
+
+def _factors(K: int, scale: float | None, softcap: float | None) -> tuple[float, float | None, float]:
+    """What turns ±q·k into S: one factor, or one inside and one outside of tanh; and the scale with its sign."""
+    scale = float(K**-0.5 if scale is None else scale)
+    if softcap is None:
+        return abs(scale), None, scale
+    return abs(scale) / softcap, float(softcap), scale
+
+
+def _segments(q: Segments, kv: Segments) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    return q.starts_S, q.ends_S, kv.starts_S, kv.ends_S, q.starts_S.shape[0]
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_segments: Segments,
+    kv_segments: Segments,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    if q.ndim != 3:
+        raise ValueError(f"attention: q has shape {tuple(q.shape)}, expected (N, H, K)")
+    H, K = q.shape[1:]
+    if k.ndim != 3 or k.shape[2] != K:
+        raise ValueError(f"attention: k has shape {tuple(k.shape)}, expected (M, G, {K})")
+    if v.shape != k.shape:
+        raise ValueError(f"attention: v has shape {tuple(v.shape)}, expected that of k, {tuple(k.shape)}")
+    if not 1 <= K <= 256:
+        raise ValueError(f"attention: head size is {K}, expected 1 to 256")
+    if k.shape[1] == 0 or H % k.shape[1]:
+        raise ValueError(f"attention: {H} query heads, expected a multiple of the {k.shape[1]} key heads")
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(
+            f"attention: q has dtype {q.dtype}, expected torch.float16, torch.bfloat16 or torch.float32"
+        )
+    for name, t in (("k", k), ("v", v)):
+        if t.dtype != q.dtype:
+            raise ValueError(f"attention: {name} has dtype {t.dtype}, expected that of q, {q.dtype}")
+    starts = q_segments.starts_S
+    for name, t in (
+        ("q_segments.starts_S", starts), ("q_segments.ends_S", q_segments.ends_S),
+        ("kv_segments.starts_S", kv_segments.starts_S), ("kv_segments.ends_S", kv_segments.ends_S),
+    ):  # fmt: skip
+        if t.ndim != 1 or t.shape != starts.shape:
+            raise ValueError(
+                f"attention: {name} has shape {tuple(t.shape)}, expected (S,) = ({starts.numel()},)"
+            )
+        if t.dtype != torch.int32 or not t.is_contiguous():
+            raise ValueError(
+                f"attention: {name} has dtype {t.dtype} and stride {t.stride()}, expected torch.int32 and (1,)"
+            )
+        if t.device != q.device:
+            raise ValueError(f"attention: {name} is on {t.device}, expected the device of q, {q.device}")
+    if k.device != q.device or v.device != q.device:
+        raise ValueError(
+            f"attention: k is on {k.device} and v on {v.device}, expected the device of q, {q.device}"
+        )
+    if window is not None and not 1 <= window < 2**30:
+        raise ValueError(f"attention: window is {window}, expected at least 1 and below 2**30")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attention: softcap is {softcap}, expected a positive number")
