@@ -1,0 +1,40 @@
+"""Clipping by the global norm, without the host ever seeing the norm."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import tree
+from ..backend import resolve
+from . import multi_tensor
+
+
+def global_norm(grads: Any) -> Tensor:
+    """Euclidean norm over all leaves of a tree, accumulated in fp32: a fp32 scalar on their device.
+
+    Leaves are fp32, bf16 or fp16, with any strides (one that is not contiguous is copied); holes count as
+    zero. The order of the sum is fixed: the same gradients give the same bits. An empty tree gives 0, on the
+    CPU. Raises ValueError for another dtype or a second device.
+    """
+    leaves = [leaf for leaf in tree.leaves(grads) if leaf.numel()]
+    for leaf in leaves:
+        if leaf.dtype not in multi_tensor.KINDS:
+            expected = tuple(multi_tensor.KINDS)
+            raise ValueError(f"global_norm: a leaf has dtype {leaf.dtype}, expected one of {expected}")
+        if leaf.device != leaves[0].device:
+            devices = f"{leaves[0].device} and {leaf.device}"
+            raise ValueError(f"global_norm: leaves are on {devices}, expected one device")
+    with torch.no_grad():
+        if not leaves:
+            return torch.zeros(())
+        if resolve(leaves[0]) == "triton":
+            return multi_tensor.norm([leaf.contiguous() for leaf in leaves])
+        return torch.stack([leaf.float().square().sum() for leaf in leaves]).sum().sqrt()
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """``min(1, max_norm / (norm + 1e-6))``, as in ``torch.nn.utils.clip_grad_norm_``; stays on the device."""
+    if not max_norm > 0:
+        raise ValueError(f"clip_factor: max_norm = {max_norm}, expected > 0")
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
