@@ -1,0 +1,86 @@
+"""Checkpoints that are whole or absent: written under a temporary name, then renamed in one step.
+
+A checkpoint is a folder ``step-00000030`` of ``state.safetensors`` (every tensor of a tree, by path) and ``state.json``. A kill or
+a full disk at any moment leaves the ones that were there before untouched.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from . import tree
+from .tree import Tree
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def save(folder: Path, step: int, state: Tree, facts: dict[str, Any], *, keep: int = 2) -> Path:
+    """Write the checkpoint of ``step`` below ``folder`` and drop all but the newest ``keep``.
+
+    Raises OSError (disk full, no permission) with the older checkpoints still in place.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".writing-{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        tensors = {path: t.detach().cpu().contiguous() for path, t in tree.items(state)}
+        save_file(tensors, temporary / "state.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **facts}, indent=2) + "\n")
+        for file in temporary.iterdir():
+            _sync(file)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in _steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"step-{old:08d}", ignore_errors=True)
+    return final
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint with the highest step, or None."""
+    steps = _steps(folder)
+    return folder / f"step-{steps[-1]:08d}" if steps else None
+
+
+def load(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
+    """``(state, facts)``: a tree of ``like``'s structure, dtypes and devices. Raises ValueError where they disagree."""
+    try:
+        tensors = load_file(path / "state.safetensors")
+        facts = json.loads((path / "state.json").read_text())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
+    expected = dict(tree.items(like))
+    if tensors.keys() != expected.keys():
+        odd = sorted(tensors.keys() ^ expected.keys())
+        raise ValueError(f"checkpoint {path} belongs to another run: {len(odd)} tensors differ, first {odd[0]!r}")
+
+    def restore(where: str, t: torch.Tensor) -> torch.Tensor:
+        found = tensors[where]
+        if found.shape != t.shape or found.dtype != t.dtype:
+            got, want = f"{found.dtype} {tuple(found.shape)}", f"{t.dtype} {tuple(t.shape)}"
+            raise ValueError(f"checkpoint {path} belongs to another run: {where} is {got}, expected {want}")
+        return found.to(t.device)
+
+    return tree.map_with_path(restore, like), facts
+
+
+def _steps(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return sorted(int(match[1]) for entry in folder.iterdir() if (match := _NAME.fullmatch(entry.name)))
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())

@@ -1,0 +1,246 @@
+"""Fine-tuning: a pure step, and the loop around it that measures, evaluates, saves and resumes.
+
+The step is a function of adapters, optimizer state and microbatches; everything that happens to files is in :func:`finetune`.
+"""
+
+import dataclasses
+import json
+import os
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import checkpoint, data, lora, optim, random, tree
+from .autodiff import Policy, value_and_grad
+from .data import Batch
+from .lora import Adapters
+from .models.decoder import Model
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a run is made of; the fields of ``--config run.toml`` and of ``uc.finetune``."""
+
+    output: str = "runs/finetune"  # folder for adapter, metrics.jsonl, loss.png, run.toml and checkpoints
+    rank: int = 16
+    alpha: float | None = None  # None: the rank, so the scale is 1
+    rslora: bool = False
+    targets: str | list[str] = "all-linear"
+    lr: float = 2e-4
+    schedule: str = "linear"
+    warmup: int = 5  # steps
+    weight_decay: float = 0.0
+    max_norm: float | None = 1.0  # of the gradient; None: no clipping
+    steps: int | None = None  # None: as many as the epochs hold
+    epochs: int = 1
+    tokens: int = 2048  # per microbatch
+    accumulate: int = 1  # microbatches per step
+    train_on: str = "responses"
+    eval_fraction: float = 0.0
+    eval_every: int = 50
+    save_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"finetune: schedule is {self.schedule!r}, expected one of {SCHEDULES}")
+        for name in ("rank", "epochs", "tokens", "accumulate", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"finetune: {name} is {getattr(self, name)}, expected at least 1")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"finetune: steps is {self.steps}, expected at least 1")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"finetune: eval_fraction is {self.eval_fraction}, expected 0 <= eval_fraction < 1")
+
+    @staticmethod
+    def from_toml(file: str | os.PathLike[str]) -> dict[str, Any]:
+        """The options of a TOML file. Raises ValueError naming an unknown one, or a value of the wrong type."""
+        try:
+            values = tomllib.loads(Path(file).read_text())
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ValueError(f"{file}: {error}") from None
+        types = get_type_hints(Options)
+        for name, value in values.items():
+            if name not in types:
+                raise ValueError(f"{file}: unknown option {name!r}, expected one of {sorted(types)}")
+            allowed = get_args(types[name]) or (types[name],)
+            number = isinstance(value, int) and not isinstance(value, bool) and float in allowed
+            if not number and not any(type(value) is getattr(t, "__origin__", t) for t in allowed):
+                raise ValueError(f"{file}: {name} is {value!r}, expected {types[name]}")
+        return values
+
+    def to_toml(self) -> str:
+        """Every option that is not None, as a TOML file that :meth:`from_toml` reads back."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+
+
+Step = Callable[[Adapters, Any, Sequence[Batch]], tuple[Adapters, Any, dict[str, Tensor]]]
+
+
+def make_step(model: Model, params: Any, optimizer: optim.Optimizer, *, max_norm: float | None, policy: Policy | None) -> Step:
+    """``step(adapters, state, microbatches) -> (adapters, state, metrics)``, without a host sync.
+
+    Gradients of the microbatches are summed in fp32, each loss divided by the number of targets of all of them: the gradient
+    of one large batch. ``adapters`` and ``state`` are donated. metrics: ``loss``, ``grad_norm``, ``targets``, 0-d.
+    """
+    gradient = value_and_grad(
+        lambda adapters, batch, count: model.loss(lora.adapt(params, adapters), batch, count=count, policy=policy),
+        has_aux=True,
+    )
+
+    def step(adapters: Adapters, state: Any, microbatches: Sequence[Batch]) -> tuple[Adapters, Any, dict[str, Tensor]]:
+        count = torch.stack([batch.count for batch in microbatches]).sum()
+        (loss, _), grads = gradient(adapters, microbatches[0], count)
+        if len(microbatches) > 1:
+            total = tree.map(lambda g: g.float(), grads)
+            for batch in microbatches[1:]:
+                (more, _), grads = gradient(adapters, batch, count)
+                loss = loss + more
+                total = tree.map(lambda sum_, g: sum_ + g.float(), total, grads)
+            grads = tree.map(lambda sum_, leaf: sum_.to(leaf.dtype), total, adapters)
+        norm = optim.global_norm(grads)
+        clip = None if max_norm is None else optim.clip_factor(norm, max_norm)
+        adapters, state = optimizer.update(grads, state, adapters, clip=clip, donate=True)
+        return adapters, state, {"loss": loss, "grad_norm": norm, "targets": count}
+
+    return step
+
+
+@torch.no_grad()
+def evaluate(model: Model, params: Any, batches: Sequence[Batch]) -> float:
+    """Mean loss per target token over batches."""
+    sums = [model.loss(params, batch)[1] for batch in batches]
+    return float(sum(s["loss_sum"] for s in sums) / sum(s["count"] for s in sums))
+
+
+def finetune(
+    model: Model,
+    params: Any,
+    examples: str | os.PathLike[str] | list[dict[str, Any]],
+    *,
+    policy: Policy | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    **options: Any,
+) -> tuple[Adapters, list[dict[str, float]]]:
+    """Train LoRA adapters on a file (or list) of examples; returns them and one row of metrics per step.
+
+    ``options`` are the fields of :class:`Options`. Written to ``output``: ``run.toml`` (the options), ``metrics.jsonl`` (step,
+    loss, lr, grad_norm, targets, tokens_per_s, memory_gib, and eval_loss where measured), ``loss.png``, the adapter in PEFT's
+    format, and checkpoints. A run that finds a checkpoint of its own in ``output`` goes on from there and ends with the same
+    bits as one that was never stopped; ``resume=False`` starts over. Raises ValueError for bad options or data, and for a
+    checkpoint of a run with other options.
+    """
+    o = Options(**options)
+    output = Path(o.output)
+    training, held_out = data.split(data.read_examples(examples), o.eval_fraction, o.seed)
+    device = params.embed.device
+    more = {"tokens": o.tokens, "train_on": o.train_on, "device": device, "progress": progress}
+    batches = data.batches(training, model.tokenizer, epochs=o.epochs, seed=o.seed, **more)
+    held_out_batches = list(data.batches(held_out, model.tokenizer, shuffle=False, **more)) if held_out else []
+    steps = o.steps or max(len(batches) // o.accumulate, 1)
+
+    rates = {
+        "constant": lambda: optim.constant(o.lr),
+        "linear": lambda: optim.linear(o.lr, steps, min(o.warmup, steps - 1)),
+        "cosine": lambda: optim.cosine(o.lr, steps, min(o.warmup, steps - 1)),
+    }
+    rate = rates[o.schedule]()
+    optimizer = optim.adamw(rate, weight_decay=o.weight_decay)
+    adapters = lora.init(
+        random.key(o.seed), params, rank=o.rank, alpha=o.alpha, targets=o.targets, rslora=o.rslora
+    )
+    state = optimizer.init(adapters)
+    history: list[dict[str, float]] = []
+    identity = {**dataclasses.asdict(o), "output": None, "total_steps": steps, "batches": len(batches)}
+    newest = checkpoint.newest(output / "checkpoints") if resume else None
+    if newest is not None:
+        (adapters, state), facts = checkpoint.load(newest, (adapters, state))
+        if facts["options"] != identity:
+            changed = sorted(k for k in identity if facts["options"].get(k) != identity[k])
+            raise ValueError(f"finetune: {newest} was made with other options ({', '.join(changed)}); use another output, or resume=False")
+        history = _read_metrics(output / "metrics.jsonl", facts["step"])
+
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "run.toml").write_text(o.to_toml())
+    step_fn = make_step(model, params, optimizer, max_norm=o.max_norm, policy=policy)
+    bar = tqdm(total=steps, initial=len(history), desc="fine-tuning", unit="step", disable=not progress)
+    _rewrite_metrics(output / "metrics.jsonl", history)
+    with bar, (output / "metrics.jsonl").open("a") as log:
+        for i in range(len(history), steps):
+            started = time.perf_counter()
+            micro = [batches[(i * o.accumulate + j) % len(batches)] for j in range(o.accumulate)]
+            adapters, state, metrics = step_fn(adapters, state, micro)
+            row = {"step": i + 1, **{name: float(value) for name, value in metrics.items()}}  # waits for the device
+            row["lr"] = float(rate(torch.tensor(i)))
+            row["tokens_per_s"] = sum(len(b.tokens_N) for b in micro) / (time.perf_counter() - started)
+            row["memory_gib"] = _memory_gib(device)
+            if held_out_batches and ((i + 1) % o.eval_every == 0 or i + 1 == steps):
+                row["eval_loss"] = evaluate(model, lora.adapt(params, adapters), held_out_batches)
+            history.append(row)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            bar.update()
+            bar.set_postfix_str(
+                f"loss {row['loss']:.3f}, {row['tokens_per_s']:.0f} tok/s, {row['memory_gib']:.1f} GiB"
+            )
+            if (i + 1) % o.save_every == 0 and i + 1 < steps:
+                checkpoint.save(output / "checkpoints", i + 1, (adapters, state), {"options": identity})
+    lora.save(adapters, output, model)
+    plot_loss(history, output / "loss.png")
+    return adapters, history
+
+
+def plot_loss(history: list[dict[str, float]], file: str | os.PathLike[str]) -> None:
+    """The loss of every step, its running mean, and the evaluation loss, as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss per target token")
+    steps, losses = [row["step"] for row in history], [row["loss"] for row in history]
+    axes.plot(steps, losses, color="0.75", linewidth=1, label="each step")
+    window = max(1, len(losses) // 20)
+    means = [sum(losses[max(0, i - window + 1) : i + 1]) / len(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
+    axes.plot(steps, means, color="C0", label=f"mean of {window}" if window > 1 else "loss")
+    measured = [(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row]
+    if measured:
+        axes.plot(*zip(*measured, strict=True), "o-", color="C1", label="held out")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120)
+
+
+def _read_metrics(file: Path, steps: int) -> list[dict[str, float]]:
+    """The first ``steps`` rows; a kill may have left later rows, or half of one, behind."""
+    rows = []
+    for line in file.read_text().splitlines()[:steps] if file.is_file() else []:
+        rows.append(json.loads(line))
+    if len(rows) != steps:
+        raise ValueError(f"finetune: {file} has {len(rows)} rows, but the checkpoint is of step {steps}")
+    return rows
+
+
+def _rewrite_metrics(file: Path, history: list[dict[str, float]]) -> None:
+    temporary = file.with_name(f".writing-{file.name}")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in history))
+    os.replace(temporary, file)
+
+
+def _memory_gib(device: torch.device) -> float:
+    """Peak memory: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
