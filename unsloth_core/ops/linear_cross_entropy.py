@@ -1,0 +1,243 @@
+"""Sum of the cross-entropies of ``x @ wᵀ``, without the (N, V) logits: a chunk of tokens at a time.
+
+With z = x · wᵀ and dz_t the gradient of token t's loss (formulas: ``ops/cross_entropy.py``)::
+
+    loss = Σ_t loss_t(z_t, target_t)        dx = g · dz · w        dw = g · dzᵀ · x
+
+The loss is one number, so its cotangent g is one number: forward computes both gradients at g = 1 while a
+chunk's logits exist (one kernel turns them into dz in place), and backward only scales by g, which stays on
+the device. No logits are kept or computed twice: 2 products of 2·N·V·D operations with a frozen head, 3 with
+a trainable one, 1 when nothing needs a gradient.
+
+``rows`` picks the rows of x that carry a target, so ignored tokens cost nothing. Rows are gathered chunk by
+chunk, and dx is scattered into zeros: each real row appears at most once, so there is nothing to add up.
+
+Chunks are a function of the shapes alone: about 2²⁸ logits (512 MiB in bf16), at least 4096 tokens with a
+trainable head, so that reading and writing the fp32 dw once per chunk hides behind its product. The buffer's
+rows are padded to 16 elements, so every row is loaded 16 bytes at a time whatever V is.
+
+Residuals: dx at g = 1 for the M target rows in x's dtype (M · D elements), dw at g = 1 (V · D: fp32 if summed
+over several chunks, else w's dtype), ``rows`` and ``w`` by reference, and a 0-byte tensor that carries N.
+Dtypes: x and w alike, fp16, bf16 or fp32. Logits and dz are rounded to it, as in PyTorch; losses, their sum
+and dw over chunks are fp32; 16-bit dx is rounded once more than PyTorch's (before g and after). The sum over
+tokens has a fixed order.
+Bytes, besides x, w and the gradients: 4 or 5 passes over a chunk's logits. Unfused: 7 over (N, V).
+Limits: w is a Tensor (no NF4 or adapted head); the last stride of x and w is 1.
+
+Source: the gradient computed in forward, over chunks of tokens, is Liger Kernel's (arXiv 2410.10989).
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..autodiff import custom_vjp
+from ..cost import Cost
+from ..device import launch
+from ..tree import ABSENT
+from .cross_entropy import check_dtype, check_options, check_targets, forward_pass
+from .language import cast
+
+CHUNK_LOGITS = 2**28
+TRAINABLE_ROWS = 4096
+
+
+def chunk_rows(M: int, V: int, trainable: bool) -> int:
+    """Tokens per chunk: M shared out evenly over chunks of at most (the power of two nearest) CHUNK_LOGITS / V.
+
+    That is 2048 for V = 128256 and 1024 for V = 262208; with a trainable head at least TRAINABLE_ROWS.
+    """
+    most = 1 << max(0, round(math.log2(CHUNK_LOGITS / V)))
+    if trainable:
+        most = max(most, TRAINABLE_ROWS)
+    even = triton.cdiv(M, max(1, triton.cdiv(M, most)))
+    return min(most, M, triton.cdiv(even, 128) * 128)
+
+
+@triton.jit
+def _gather_kernel(x_ptr, rows_ptr, out_ptr, N, D, stride, rows_stride, BLOCK: tl.constexpr):
+    """out[i] = x[rows[i]], and 0 where rows[i] is not a row of x."""
+    i = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows_ptr + i * rows_stride).to(tl.int64)
+    found = tl.where((row >= 0) & (row < N), D, 0)
+    x = tl.load(x_ptr + row * stride + at, mask=at < found, other=0.0)
+    tl.store(out_ptr + i * D + at, x, mask=at < D)
+
+
+@triton.jit
+def _scale_kernel(src_ptr, g_ptr, rows_ptr, out_ptr, N, D, rows_stride, BLOCK: tl.constexpr):
+    """out[rows[i]] = g · src[i], where rows[i] is a row of out (``rows_ptr`` None: i itself)."""
+    i = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = i
+    found = D
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + i * rows_stride).to(tl.int64)
+        found = tl.where((row >= 0) & (row < N), D, 0)
+    y = tl.load(src_ptr + i * D + at, mask=at < found, other=0.0).to(tl.float32) * tl.load(g_ptr).to(tl.float32)
+    tl.store(out_ptr + row * D + at, cast(y, out_ptr.dtype.element_ty), mask=at < found)
+
+
+@triton.jit
+def _sum_kernel(losses_ptr, out_ptr, M, BLOCK: tl.constexpr):
+    """One program adds all losses: every lane its own in ascending order, then the lanes as a tree."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, M, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(losses_ptr + at, mask=at < M, other=0.0)
+    tl.store(out_ptr, tl.sum(total, axis=0))
+
+
+def _by_rows(M: int, D: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and launch parameters of a kernel that walks M rows of D elements."""
+    BLOCK = min(4096, triton.next_power_of_2(D))
+    return (M, triton.cdiv(D, BLOCK)), {"BLOCK": BLOCK, "num_warps": min(8, max(1, BLOCK // 512))}
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out = a · b (+ out), summed in fp32; ``out`` may be fp32 for 16-bit operands."""
+    options: dict[str, Any] = {}
+    if out.dtype != a.dtype:
+        if a.is_cuda:
+            options["out_dtype"] = out.dtype
+        else:
+            a, b = a.to(out.dtype), b.to(out.dtype)
+    if add:
+        torch.addmm(out, a, b, out=out, **options)
+    else:
+        torch.mm(a, b, out=out, **options)
+
+
+def _scaled(src: Tensor, g: Tensor, out: Tensor, rows: Any = ABSENT) -> Tensor:
+    """``g · src`` row by row into ``out``, at ``rows`` if given."""
+    grid, options = _by_rows(*src.shape)
+    where, stride = (None, 0) if rows is ABSENT else (rows, rows.stride(0))
+    launch(_scale_kernel, grid, src, g, where, out, out.shape[0], src.shape[1], stride, **options)
+    return out
+
+
+def _check(x: Tensor, w: Any, targets: Tensor, rows: Any) -> None:
+    op = "linear_cross_entropy"
+    if not isinstance(w, Tensor):
+        raise ValueError(f"{op}: w is {type(w).__name__}, expected a Tensor (V, D)")
+    for name, t, letters in (("x", x, "(N, D)"), ("w", w, "(V, D)")):
+        check_dtype(op, name, t)
+        if t.ndim != 2:
+            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {letters}")
+        if t.shape[1] > 1 and t.shape[0] > 0 and t.stride(1) != 1:
+            raise ValueError(f"{op}: {name} has strides {t.stride()}, expected a last stride of 1")
+    if w.shape[0] == 0 or w.shape[1] != x.shape[1] or x.shape[1] == 0:
+        raise ValueError(f"{op}: w has shape {tuple(w.shape)}, expected (V, D) with V > 0 and D = {x.shape[1]} > 0")
+    if w.dtype != x.dtype:
+        raise ValueError(f"{op}: w has dtype {w.dtype}, expected that of x, {x.dtype}")
+    if w.device != x.device:
+        raise ValueError(f"{op}: w is on {w.device}, expected {x.device}")
+    if rows is ABSENT:
+        check_targets(op, targets, "N", x.shape[0], x.device)
+        return
+    if targets.ndim != 1:
+        raise ValueError(f"{op}: targets has shape {tuple(targets.shape)}, expected (M,)")
+    check_targets(op, targets, "M", targets.shape[0], x.device)
+    if rows.shape != targets.shape:
+        raise ValueError(f"{op}: rows has shape {tuple(rows.shape)}, expected (M,) = ({targets.shape[0]},)")
+    if rows.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{op}: rows has dtype {rows.dtype}, expected torch.int64 or torch.int32")
+    if rows.device != x.device:
+        raise ValueError(f"{op}: rows is on {rows.device}, expected {x.device}")
+
+
+def linear_cross_entropy_fwd(
+    x_ND: Tensor,
+    w_VD: Tensor,
+    targets_M: Tensor,
+    rows_M: Any = ABSENT,
+    *,
+    needs: tuple[Any, ...],
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Any]:
+    """x (N, D), w (V, D), targets (M,), rows (M,) or ABSENT (M = N) -> the sum of the losses, fp32, 0-d.
+
+    ``targets[i]`` belongs to row ``rows[i]`` of x. An entry of ``rows`` equal to N is padding; others appear
+    at most once. Targets outside [0, V), and rows outside [0, N], make the sum NaN. Raises ValueError for
+    other shapes, dtypes, devices, strides or options, and for a w that is not a Tensor.
+    """
+    _check(x_ND, w_VD, targets_M, rows_M)
+    check_options("linear_cross_entropy", label_smoothing, z_loss, softcap)
+    (N, D), V, M = x_ND.shape, w_VD.shape[0], targets_M.shape[0]
+    need_x, need_w = needs[0], needs[1]
+    chunk = chunk_rows(M, V, need_w)
+
+    def empty(*shape: int, dtype: torch.dtype = x_ND.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x_ND.device)
+
+    losses = empty(M, dtype=torch.float32)
+    logits = empty(chunk, triton.cdiv(V, 16) * 16)
+    x_grad = empty(M, D) if need_x else ABSENT
+    w_grad = empty(V, D, dtype=torch.float32 if chunk < M else w_VD.dtype) if need_w else ABSENT
+    if need_w and M == 0:
+        w_grad.zero_()
+    for start in range(0, M, max(1, chunk)):
+        part = slice(start, min(M, start + chunk))
+        count = part.stop - start
+        if rows_M is ABSENT:
+            rows, x = ABSENT, x_ND[part]
+        else:
+            rows, x = rows_M[part], empty(count, D)
+            grid, options = _by_rows(count, D)
+            launch(_gather_kernel, grid, x_ND, rows, x, N, D, x_ND.stride(0), rows.stride(0), **options)
+        z = logits[:count, :V]
+        _product(x, w_VD.t(), z)
+        forward_pass(
+            z, targets_M[part], losses[part], rows=rows, N=N, gradient=need_x or need_w,
+            ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+        )  # fmt: skip
+        if need_x:
+            _product(z, w_VD, x_grad[part])
+        if need_w:
+            _product(z.t(), x, w_grad, add=start > 0)
+    loss = empty(dtype=torch.float32)
+    launch(_sum_kernel, (1,), losses, loss, M, BLOCK=1024, num_warps=8)
+    if not (need_x or need_w):
+        return loss, ABSENT
+    carries_N = ABSENT if rows_M is ABSENT else empty(N, 0)
+    return loss, (x_grad, w_grad, rows_M, w_VD, carries_N)
+
+
+def linear_cross_entropy_bwd(
+    residuals: tuple[Any, ...],
+    dloss: Tensor,
+    *,
+    needs: tuple[Any, ...],
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """dloss 0-d -> dx (N, D) and dw (V, D), in the dtypes of x and w."""
+    x_grad, w_grad, rows, w, carries_N = residuals
+    dx = dw = ABSENT
+    if needs[0]:
+        if rows is ABSENT:
+            dx = _scaled(x_grad, dloss, torch.empty_like(x_grad))
+        else:
+            dx = _scaled(x_grad, dloss, x_grad.new_zeros(carries_N.shape[0], x_grad.shape[1]), rows)
+    if needs[1]:
+        dw = _scaled(w_grad, dloss, torch.empty(w.shape, dtype=w.dtype, device=w.device))
+    return dx, dw, ABSENT, ABSENT
+
+
+linear_cross_entropy = custom_vjp(linear_cross_entropy_fwd, linear_cross_entropy_bwd)
+
+
+def cost(N: int, D: int, V: int, M: int, itemsize: int, *, dx: bool = False, dw: bool = False) -> Cost:
+    """Forward and backward of M target rows together: x and w read, the gradients that are wanted written."""
+    moved = (M * D + V * D + (N * D if dx else 0) + (V * D if dw else 0)) * itemsize
+    return Cost(bytes=moved + 16 * M, flops=2 * M * V * D * (1 + dx + dw))
