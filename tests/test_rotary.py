@@ -219,9 +219,7 @@ def test_precedence_and_class_defaults():
     assert base({"rope_theta": 5e4, "rope_parameters": {"rope_theta": 7e4}}) == 7e4
     assert base({"rope_theta": 5e4, "rope_scaling": None, "rope_parameters": None}) == 5e4
     scaled = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 7e4}}
-    assert Rotary.from_hf(scaled, head_dim=64) == Rotary(
-        head_dim=64, channels=64, rope_type="linear", factor=2.0
-    )
+    assert Rotary.from_hf(scaled, head_dim=64) == Rotary(head_dim=64, channels=64, rope_type="linear", factor=2.0)
     both = {"rope_parameters": {"type": "su", "rope_type": "linear", "factor": 2.0}}
     assert Rotary.from_hf(both, head_dim=64).rope_type == "linear"
     beside = {"original_max_position_embeddings": 512, **new("yarn")}
@@ -320,8 +318,7 @@ def test_bad_layer_type():
     with pytest.raises(ValueError) as error:
         Rotary.from_hf({"rope_parameters": {"rope_theta": 1e4}}, head_dim=64, layer_type="full_attention")
     assert str(error.value) == (
-        "rotary: unknown field 'rope_theta' in rope_parameters, expected only "
-        "('full_attention', 'sliding_attention')"
+        "rotary: unknown field 'rope_theta' in rope_parameters, expected only ('full_attention', 'sliding_attention')"
     )
 
 

@@ -274,9 +274,7 @@ def _layer_fields(config: dict[str, Any], layer_type: str) -> tuple[str, dict[st
     nested = _dict(config, "rope_parameters")
     for name in nested:
         if name not in _LAYER_TYPES:
-            raise ValueError(
-                f"rotary: unknown field {name!r} in rope_parameters, expected only {tuple(_LAYER_TYPES)}"
-            )
+            raise ValueError(f"rotary: unknown field {name!r} in rope_parameters, expected only {tuple(_LAYER_TYPES)}")
     given = dict(_dict(nested, layer_type))
     if layer_type == "full_attention":
         given |= _dict(config, "rope_scaling")

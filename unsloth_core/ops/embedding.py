@@ -1,20 +1,24 @@
 """Embedding: rows of a table by token id, with a weight gradient that is the same bits every run.
 
-Formula: x_n = w[id_n] · s, where s is ``scale`` rounded to w's dtype (Gemma scales by √D so). A row whose id lies outside
-[0, V) is NaN: no device value is read on the host, and no address outside the table is touched.
-Backward: dw_v = s · Σ_{n: id_n = v} dx_n, zero for rows that no token uses; ids outside [0, V) contribute nothing.
+Formula: x_n = w[id_n] · s, where s is ``scale`` rounded to w's dtype (Gemma scales by √D so). A row whose id lies
+outside [0, V) is NaN: no device value is read on the host, and no address outside the table is touched.
+Backward: dw_v = s · Σ dx_n over the n with id_n = v; zero for rows that no token uses. Ids outside [0, V)
+contribute nothing.
 
 Residuals: ids and w (arguments; of w only shape and dtype are used).
-Dtypes: w fp16, bf16 or fp32, x and dw in w's dtype; ids int32 or int64. The product and the sums are fp32, rounded once.
-Bytes moved with 2-byte elements: forward 4·N·D; backward 2·N·D read, 2·V·D written (the dense gradient is mostly zeros).
-Limits: any strides (fastest with a last stride of 1 and 16-byte rows).
+Dtypes: w fp16, bf16 or fp32, x and dw in w's dtype; ids int32 or int64. Products and sums are fp32, rounded once.
+Bytes moved with 2-byte elements: forward 4·N·D; backward 2·N·D read, 2·V·D written (the dense gradient is mostly
+zeros) and at most N·D/8 of partial sums.
+Limits: any strides (fast with a last stride of 1 and a row stride divisible by 16); fewer than 2^30 tokens.
 
-How the gradient is summed: ids are sorted (stable, so equal ids keep their token order), which makes the tokens of one row
-of dw neighbours: a segment. One program per sorted position and block of columns starts; the one that stands at the head
-of a segment sums it in order, a few rows at a time, and stores once, the others leave. Nobody else writes that row: no
-atomics. Where a segment ends is found by ``searchsorted`` on the device.
+How the gradient is summed: ids are sorted (stable, so equal ids keep their token order), which makes the tokens
+of one row of dw neighbours: a segment, whose bounds ``searchsorted`` finds on the device. A program sums up to 64
+tokens of one segment, in a fixed order, and stores the row of dw once. A longer segment (a frequent token,
+padding) is split from its start into chunks of 64, whose fp32 sums a second kernel adds in order. Every row has
+one writer, so there are no atomics, and its bits depend on its own tokens alone.
 
-Source of the idea: the sorted, segmented backward of PyTorch's embedding; Gemma's scale as in transformers.
+Source of the idea: sorting ids and splitting long segments, the backward of PyTorch's CUDA embedding for large
+batches.
 """
 
 from typing import Any
@@ -32,6 +36,8 @@ from .language import cast
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TILE = 2048  # elements a program moves at once: 16 a thread with 4 warps
+_MAX_TOKENS = 2**30  # sorted positions are int32 in the kernels; offsets are int64
+_CHUNK = 64  # tokens of one segment that one program sums
 
 
 # ---------------------------------------------------------------------------------------------------- kernels
@@ -51,35 +57,68 @@ def _gather(
     """ROWS tokens, one block of columns."""
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]).to(tl.int64)
-    id = tl.load(ids_ptr + token * ids_token, token < N, other=-1).to(tl.int64)
-    known = (id >= 0) & (id < V)
+    row = tl.load(ids_ptr + token * ids_token, token < N, other=-1).to(tl.int64)
+    known = (row >= 0) & (row < V)
     inside = (token < N) & (col < D)
-    w = tl.load(w_ptr + id * w_row + col * w_col, known & inside, other=float("nan")).to(tl.float32)
+    w = tl.load(w_ptr + row * w_row + col * w_col, known & inside, other=float("nan")).to(tl.float32)
     x = w * _rounded_scale(scale, w_ptr.dtype.element_ty)
     tl.store(x_ptr + token * D + col, cast(x, x_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
-def _sum_segments(
-    sorted_ptr, order_ptr, ends_ptr, dx_ptr, dw_ptr, D, V, dx_token, dx_col,
-    scale: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def _slot(first, start, CHUNK: tl.constexpr):
+    """Where a chunk of a long segment keeps its sum. CHUNK positions see at most two begin: a last, a first."""
+    return first // CHUNK * 2 + (first == start).to(tl.int32)
+
+
+@triton.jit
+def _sum_chunks(
+    sorted_ptr, order_ptr, starts_ptr, ends_ptr, dx_ptr, dw_ptr, partial_ptr, D, V, dx_token, dx_col,
+    scale: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns of one row of dw, by the program at the head of its segment; ROWS tokens at a time."""
+    """One block of columns of the chunk that begins at this sorted position, if one does."""
     first = tl.program_id(0)
-    id = tl.load(sorted_ptr + first).to(tl.int64)
-    before = tl.load(sorted_ptr + first - 1, first > 0, other=-1).to(tl.int64)
-    # Ids below 0 come first, so -1 before the first position can only be equal to an id that is left out anyway.
-    if (id != before) & (id >= 0) & (id < V):
+    row = tl.load(sorted_ptr + first).to(tl.int64)
+    start = tl.load(starts_ptr + first)
+    if ((first - start) % CHUNK == 0) & (row >= 0) & (row < V):
         col = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]).to(tl.int64)
         end = tl.load(ends_ptr + first)
+        stop = tl.minimum(end, first + CHUNK)
         total = tl.zeros([ROWS, BLOCK], tl.float32)
-        for start in range(first, end, ROWS):
-            position = start + tl.arange(0, ROWS)[:, None]
-            token = tl.load(order_ptr + position, position < end, other=0)
-            inside = (position < end) & (col < D)
+        for at in range(first, stop, ROWS):
+            position = at + tl.arange(0, ROWS)[:, None]
+            token = tl.load(order_ptr + position, position < stop, other=0)
+            inside = (position < stop) & (col < D)
             total += tl.load(dx_ptr + token * dx_token + col * dx_col, inside, other=0.0).to(tl.float32)
-        dw = tl.sum(total, axis=0, keep_dims=True) * _rounded_scale(scale, dw_ptr.dtype.element_ty)
-        tl.store(dw_ptr + id * D + col, cast(dw, dw_ptr.dtype.element_ty), col < D)
+        total = tl.sum(total, axis=0, keep_dims=True)
+        if end - start <= CHUNK:
+            dw = total * _rounded_scale(scale, dw_ptr.dtype.element_ty)
+            tl.store(dw_ptr + row * D + col, cast(dw, dw_ptr.dtype.element_ty), col < D)
+        else:
+            slot = _slot(first, start, CHUNK)
+            tl.store(partial_ptr + slot.to(tl.int64) * D + col, total, col < D)
+
+
+@triton.jit
+def _sum_partials(
+    sorted_ptr, starts_ptr, ends_ptr, dw_ptr, partial_ptr, N, D, V,
+    scale: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of columns of the long segment that starts among these CHUNK positions, if one does."""
+    position = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    length = tl.load(ends_ptr + position, position < N, other=0) - position
+    starts_here = tl.load(starts_ptr + position, position < N, other=-1) == position
+    start = tl.max(tl.where(starts_here & (length > CHUNK), position, -1), axis=0)
+    if start >= 0:
+        row = tl.load(sorted_ptr + start).to(tl.int64)
+        if (row >= 0) & (row < V):
+            col = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]).to(tl.int64)
+            total = tl.zeros([1, BLOCK], tl.float32)
+            for first in range(start, tl.load(ends_ptr + start), CHUNK):
+                slot = _slot(first, start, CHUNK)
+                total += tl.load(partial_ptr + slot.to(tl.int64) * D + col, col < D, other=0.0)
+            dw = total * _rounded_scale(scale, dw_ptr.dtype.element_ty)
+            tl.store(dw_ptr + row * D + col, cast(dw, dw_ptr.dtype.element_ty), col < D)
 
 
 def _tile(D: int) -> tuple[int, int]:
@@ -104,21 +143,25 @@ def _check(ids_N: Tensor, w_VD: Tensor) -> None:
         raise ValueError(f"embedding: w has dtype {w_VD.dtype}, expected float16, bfloat16 or float32")
     if ids_N.device != w_VD.device:
         raise ValueError(f"embedding: ids is on {ids_N.device}, expected w's device {w_VD.device}")
-    if ids_N.shape[0] >= 2**31:
-        raise NotImplementedError(f"embedding: {ids_N.shape[0]} ids, expected fewer than 2^31")
+    if ids_N.shape[0] >= _MAX_TOKENS:
+        raise NotImplementedError(f"embedding: {ids_N.shape[0]} ids, expected fewer than {_MAX_TOKENS}")
 
 
 # --------------------------------------------------------------------------------------------------------- op
 
 
 def embedding_fwd(ids_N: Tensor, w_VD: Tensor, *, needs: Any, scale: float = 1.0) -> tuple[Tensor, Any]:
-    """ids (N,) int32 or int64, w (V, D) -> x (N, D) in w's dtype, contiguous. Raises ValueError for anything else."""
+    """ids (N,) int32 or int64, w (V, D) -> x (N, D) in w's dtype, contiguous.
+
+    Raises ValueError for anything else.
+    """
     _check(ids_N, w_VD)
     (N,), (V, D) = ids_N.shape, w_VD.shape
     x_ND = torch.empty((N, D), dtype=w_VD.dtype, device=w_VD.device)
     rows, block = _tile(D)
     launch(
-        _gather, (triton.cdiv(N, rows), triton.cdiv(D, block)), ids_N, w_VD, x_ND, N, D, V, *ids_N.stride(), *w_VD.stride(),
+        _gather, (triton.cdiv(N, rows), triton.cdiv(D, block)),
+        ids_N, w_VD, x_ND, N, D, V, *ids_N.stride(), *w_VD.stride(),
         scale=scale, ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return x_ND, (ids_N, w_VD) if needs[1] else (ABSENT, ABSENT)
@@ -132,12 +175,23 @@ def embedding_bwd(residuals: Any, dx: Tensor, *, needs: Any, scale: float = 1.0)
     (N,), (V, D) = ids_N.shape, w_VD.shape
     dw_VD = torch.zeros((V, D), dtype=w_VD.dtype, device=w_VD.device)
     sorted_N, order_N = torch.sort(ids_N, stable=True)
+    starts_N = torch.searchsorted(sorted_N, sorted_N, out_int32=True)
     ends_N = torch.searchsorted(sorted_N, sorted_N, right=True, out_int32=True)
+    chunks = triton.cdiv(N, _CHUNK)
+    partial = torch.empty((2 * chunks, D), dtype=torch.float32, device=w_VD.device)
     rows, block = _tile(D)
+    columns = triton.cdiv(D, block)
     launch(
-        _sum_segments, (N, triton.cdiv(D, block)), sorted_N, order_N, ends_N, dx, dw_VD, D, V, *dx.stride(),
-        scale=scale, ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+        _sum_chunks, (N, columns),
+        sorted_N, order_N, starts_N, ends_N, dx, dw_VD, partial, D, V, *dx.stride(),
+        scale=scale, CHUNK=_CHUNK, ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
+    if N > _CHUNK:
+        launch(
+            _sum_partials, (chunks, columns),
+            sorted_N, starts_N, ends_N, dw_VD, partial, N, D, V,
+            scale=scale, CHUNK=_CHUNK, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
     return ABSENT, dw_VD
 
 

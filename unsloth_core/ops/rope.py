@@ -1,21 +1,22 @@
 """Rotary position embedding of queries and keys, in one launch.
 
-Formula, for channel pairs (a, b) = (x_i, x_{i+J}), i < J, of every head, with c and s the token's cos_i and sin_i:
+Formula, for channel pairs (a, b) = (x_i, x_{i+J}), i < J, of every head; c and s are the token's cos_i and sin_i:
 
     a' = a·c - b·s        b' = b·c + a·s        channels from 2J to K pass through (partial rotation)
-Backward is the rotation by the opposite angle, transposed: da = da'·c + db'·s, db = db'·c - da'·s; the same kernel with -s.
-(cos and sin may carry an attention factor m; the formulas do not use c² + s² = 1.)
+Backward, the transpose, which is the same kernel with -s (c and s may carry an attention factor):
+    da = da'·c + db'·s    db = db'·c - da'·s
 
 Residuals: cos and sin (arguments); neither q nor k. No gradient flows to cos and sin.
-Dtypes: q and k fp16, bf16 or fp32, each with outputs and gradients of its own dtype; cos and sin fp32. The rotation is fp32
-and rounds once, where the reference model rounds three times (q·cos, rotated q·sin, their sum).
-Bytes moved per element of 2 bytes: 4, forward and backward alike, and 8·J per token for cos and sin, which are read once for
-all heads of q and k. In separate launches per tensor they would be read twice, as one program per head, H + G times.
-Limits: any strides (fastest with a last stride of 1 and 16-byte rows, as in a slice of a qkv product); fewer than 2^31
-tokens. Outputs are new and contiguous.
+Dtypes: q and k fp16, bf16 or fp32, each with outputs and gradients of its own dtype; cos and sin fp32. The
+rotation is fp32 and rounds once; model code in 16 bits rounds q·cos, rotated q·sin and their sum.
+Bytes moved per element of 2 bytes: 4, forward and backward alike. cos and sin, 8·J bytes per token, are read once
+for all heads of q and k; a program per head, as usual elsewhere, reads them H + G times.
+Limits: any strides (fast with a last stride of 1 and other strides divisible by 16, as in a slice of a qkv
+product). Outputs are new and contiguous.
 
-How: a program takes a few tokens with all their heads. cos and sin stay in registers while it walks over the heads in tiles
-of (tokens, heads, pairs), first q's, then k's. Pair partners lie J channels apart, so both halves load as whole vectors.
+How: a program takes a few tokens with all their heads. cos and sin stay in registers while it walks over the
+heads in tiles of (tokens, heads, pairs), first q's, then k's. Pair partners lie J channels apart, so both halves
+load as whole vectors.
 
 Source of the idea: RoPE, Su et al. (arXiv 2104.09864), in the half-split form of GPT-NeoX.
 """
@@ -46,7 +47,7 @@ def _turn_heads(
     HEADS: tl.constexpr, K: tl.constexpr, J: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """All heads of a few tokens of one tensor; ``token`` (T, 1, 1) int64, ``cos`` and ``sin`` (T, 1, BLOCK_J)."""
+    """All heads of a few tokens of q or of k; ``token`` (T, 1, 1) int64, ``cos``, ``sin`` (T, 1, BLOCK_J)."""
     pair = tl.arange(0, BLOCK_J)[None, None, :].to(tl.int64)
     for first in range(0, HEADS, BLOCK_H):
         head = (first + tl.arange(0, BLOCK_H))[None, :, None].to(tl.int64)
@@ -92,7 +93,7 @@ def _turn(
 
 
 def _tile(H: int, G: int, J: int) -> tuple[int, int, int]:
-    """(tokens, heads, pairs) of a tile: as many heads as leave at most a quarter of the lanes idle, then tokens."""
+    """(tokens, heads, pairs) of a tile: the most heads that leave a quarter of the lanes idle or less."""
     block_h = next(b for b in (8, 4, 2, 1) if 3 * b * (triton.cdiv(H, b) + triton.cdiv(G, b)) <= 4 * (H + G))
     block_j = triton.next_power_of_2(J)
     return max(1, _PAIRS // (block_h * block_j)), block_h, block_j
@@ -105,15 +106,14 @@ def _launch(q: Any, k: Any, cos_NJ: Tensor, sin_NJ: Tensor, *, backward: bool) -
         return ABSENT, ABSENT
     N, _, K = given[0].shape
     J = cos_NJ.shape[1]
-    outs = [
-        x if x is ABSENT else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)
-    ]
+    outs = [x if x is ABSENT else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     strides = [(0, 0, 0) if x is ABSENT else x.stride() for x in (q, k)]
     H, G = (0 if x is ABSENT else x.shape[1] for x in (q, k))
     block_t, block_h, block_j = _tile(H, G, J)
     tensors = (None if x is ABSENT else x for x in (q, k))
     launch(
-        _turn, (triton.cdiv(N, block_t),), *tensors, cos_NJ, sin_NJ, *(None if x is ABSENT else x for x in outs),
+        _turn, (triton.cdiv(N, block_t),),
+        *tensors, cos_NJ, sin_NJ, *(None if x is ABSENT else x for x in outs),
         N, *strides[0], *strides[1], *cos_NJ.stride(), *sin_NJ.stride(),
         H=H, G=G, K=K, J=J, BACKWARD=backward, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_J=block_j,
         BLOCK_REST=triton.next_power_of_2(max(1, K - 2 * J)), num_warps=4, enable_fp_fusion=True,
@@ -143,8 +143,6 @@ def _check(q_NHK: Tensor, k_NGK: Tensor, cos_NJ: Tensor, sin_NJ: Tensor) -> None
     for name, x in (("k", k_NGK), ("cos", cos_NJ), ("sin", sin_NJ)):
         if x.device != q_NHK.device:
             raise ValueError(f"rope: {name} is on {x.device}, expected q's device {q_NHK.device}")
-    if N >= 2**31:
-        raise NotImplementedError(f"rope: {N} tokens, expected fewer than 2^31")
 
 
 # --------------------------------------------------------------------------------------------------------- op
@@ -174,5 +172,5 @@ rope = custom_vjp(rope_fwd, rope_bwd)
 
 
 def cost(N: int, H: int, G: int, K: int, J: int, itemsize: int) -> Cost:
-    """Forward or backward: q and k read and written, cos and sin read once; six operations per turned pair."""
+    """Forward, or backward: q and k read and written, cos and sin read; six operations per turned pair."""
     return Cost(bytes=2 * N * (H + G) * K * itemsize + 8 * N * J, flops=6 * N * (H + G) * J)

@@ -1,11 +1,11 @@
-"""Embedding in plain PyTorch: rows of a table by id, scaled by a number that is rounded to the table's dtype first."""
+"""Embedding in plain PyTorch: rows of a table by id, times a scale that is rounded to the table's dtype first."""
 
 import torch
 from torch import Tensor
 
 
 def embedding(ids_N: Tensor, w_VD: Tensor, *, scale: float = 1.0) -> Tensor:
-    """``w[ids] * scale``, (N, D) in w's dtype, the product rounded once. A row whose id is outside [0, V) is NaN."""
+    """``w[ids] * scale``, (N, D) in w's dtype, the product rounded once; NaN where the id is outside [0, V)."""
     inside = (ids_N >= 0) & (ids_N < w_VD.shape[0])
     rows_ND = w_VD.index_select(0, torch.where(inside, ids_N, 0))
     return torch.where(inside.unsqueeze(1), rows_ND * w_VD.new_full((), scale), torch.nan)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def rope(q_NHK: Tensor, k_NGK: Tensor, cos_NJ: Tensor, sin_NJ: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn channel pairs (i, i + J), i < J, of every head by the angle of its token; channels from 2J on stay."""
+    """Turn channel pairs (i, i + J), i < J, of every head by its token's angles; channels from 2J on stay."""
     return _turned(q_NHK, cos_NJ, sin_NJ), _turned(k_NGK, cos_NJ, sin_NJ)
 
 
