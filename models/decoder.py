@@ -74,7 +74,7 @@ class Model:
             raise ValueError(f"loss: key was given, but no op of family {self.family.__name__} is random")
         x_ND = hidden(
             self.family, params, batch.tokens_N, batch.positions_N, batch.segments,
-            max_position=batch.max_position, policy=policy,
+            max_position=batch.max_position - 1, policy=policy,
         )  # fmt: skip
         head_VD = params.embed if params.head is ABSENT else params.head
         total = linear_cross_entropy(
