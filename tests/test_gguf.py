@@ -245,8 +245,7 @@ def test_blocks_as_described(tmp_path, kind):
     name = "model.embed_tokens.weight"
     assert checkpoint.shape(name) == (rows, size * blocks) and checkpoint.dtype(name) == torch.float32
     expected = [
-        [element(kind, raw[r, e // size].tolist(), e % size) for e in range(size * blocks)]
-        for r in range(rows)
+        [element(kind, raw[r, e // size].tolist(), e % size) for e in range(size * blocks)] for r in range(rows)
     ]
     assert torch.equal(checkpoint.tensor(name), torch.from_numpy(np.array(expected, np.float32)))
 
@@ -278,9 +277,7 @@ def test_llama3_scaling_is_recovered(tmp_path, factor, low, high, context, theta
         "llama.rope.freq_base": theta,
     }
     tensors = {"model.embed_tokens.weight": np.zeros((V, H * width), np.float32)}
-    path = write(
-        tmp_path / "m.gguf", tensors, keys=keys, extra={"rope_freqs.weight": np.array(divisors, np.float32)}
-    )
+    path = write(tmp_path / "m.gguf", tensors, keys=keys, extra={"rope_freqs.weight": np.array(divisors, np.float32)})
     checkpoint = open_gguf(path)
     assert checkpoint.config["rope_scaling"] == {
         "rope_type": "llama3",
@@ -354,13 +351,9 @@ def test_scaling_in_metadata(tmp_path):
 )
 def test_metadata_that_does_not_fit(tmp_path, keys, error, message):
     architecture = keys.get("general.architecture", "llama")
-    path = write(
-        tmp_path / "m.gguf", weights(), keys={k: v for k, v in keys.items() if k != "general.architecture"}
-    )
+    path = write(tmp_path / "m.gguf", weights(), keys={k: v for k, v in keys.items() if k != "general.architecture"})
     if architecture != "llama":
-        path.write_bytes(
-            path.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x06\0\0\0\0\0\0\0" + b"falcon", 1)
-        )
+        path.write_bytes(path.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x06\0\0\0\0\0\0\0" + b"falcon", 1))
     with pytest.raises(error, match=message):
         open_gguf(path)
 

@@ -39,9 +39,7 @@ def shards(folder):
 
 
 def set_index(folder, weight_map):
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def raw_file(folder, header, data=b""):
@@ -69,8 +67,7 @@ shapes = st.lists(st.sampled_from([0, 1, 2, 3, 7]), max_size=3)
 def test_every_tensor_comes_back(tmp_path_factory, specs, seed):
     generator = torch.Generator().manual_seed(seed)
     tensors = {
-        f"t{i}": torch.randint(0, 2, shape, generator=generator).to(dtype)
-        for i, (dtype, shape) in enumerate(specs)
+        f"t{i}": torch.randint(0, 2, shape, generator=generator).to(dtype) for i, (dtype, shape) in enumerate(specs)
     }
     folder = write(tmp_path_factory.mktemp("c"), tensors)
     checkpoint = open_checkpoint(str(folder))
@@ -107,9 +104,7 @@ def test_folder(tmp_path):
 
 
 def test_stored_rope_frequencies_are_no_weights(tmp_path):
-    folder = write(
-        tmp_path / "c", {"w": torch.ones(1), "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
-    )
+    folder = write(tmp_path / "c", {"w": torch.ones(1), "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})
     assert open_checkpoint(str(folder)).names == ["w"]
 
 
@@ -186,15 +181,11 @@ def test_every_truncation_is_noticed(tmp_path_factory, cut):
         open_checkpoint(str(folder))
 
 
-@pytest.mark.parametrize(
-    "file", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "*.safetensors", "x.bin", 3]
-)
+@pytest.mark.parametrize("file", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "*.safetensors", "x.bin", 3])
 def test_an_index_that_points_elsewhere(tmp_path, file):
     folder, weight_map = shards(tmp_path / "c")
     set_index(folder, {**weight_map, "c": file})
-    with pytest.raises(
-        ValueError, match="index.json: tensor 'c': expected a .safetensors file beside the index, got"
-    ):
+    with pytest.raises(ValueError, match="index.json: tensor 'c': expected a .safetensors file beside the index, got"):
         open_checkpoint(str(folder))
 
 
@@ -225,9 +216,7 @@ def test_shards_and_index_must_agree(tmp_path):
         open_checkpoint(str(folder))
 
 
-@pytest.mark.parametrize(
-    "text", ["{}", '{"weight_map": []}', '{"weight_map": {}}', "[]", "{", '{"a":1,"a":2}']
-)
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {}}', "[]", "{", '{"a":1,"a":2}'])
 def test_a_broken_index(tmp_path, text):
     folder, _ = shards(tmp_path / "c")
     (folder / "model.safetensors.index.json").write_text(text)
@@ -299,9 +288,7 @@ def test_offline_from_the_cache(tmp_path, cache):
 
 
 def test_neither_network_nor_cache(cache):
-    with pytest.raises(
-        FileNotFoundError, match=r"^org/name: cannot be fetched from the Hub and is not complete"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"^org/name: cannot be fetched from the Hub and is not complete"):
         open_checkpoint("org/name")
 
 

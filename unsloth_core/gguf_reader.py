@@ -100,9 +100,7 @@ class _Tensor:
     def decode(self, rows: np.ndarray) -> torch.Tensor:
         """Rows of bytes -> the tensor."""
         if self.type in PLAIN:
-            return (
-                torch.from_numpy(np.require(rows, requirements="C")).view(PLAIN[self.type]).view(self.shape)
-            )
+            return torch.from_numpy(np.require(rows, requirements="C")).view(PLAIN[self.type]).view(self.shape)
         with np.errstate(all="ignore"):  # infinite or NaN block scales: the file's values, not our mistake
             return torch.from_numpy(dequantize(rows, GGMLQuantizationType[self.type])).view(self.shape)
 
@@ -163,8 +161,7 @@ def open_gguf(path: str | Path) -> GGUFCheckpoint:
     for tensor_name, tensor in tensors.items():
         if tensor.type not in PLAIN and tensor.type not in QUANTISED:
             raise NotImplementedError(
-                f"{path}: tensor {tensor_name!r} has type {tensor.type}, "
-                f"supported: {', '.join([*PLAIN, *QUANTISED])}"
+                f"{path}: tensor {tensor_name!r} has type {tensor.type}, supported: {', '.join([*PLAIN, *QUANTISED])}"
             )
     config = _config(path, name, ARCHITECTURES[name], metadata, tensors)
     ids = {
@@ -235,9 +232,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
     """Metadata and tensors, every size checked against the file."""
     if path.stat().st_size < 24:
         raise ValueError(f"{path}: expected a GGUF file, got {path.stat().st_size} bytes")
-    data = np.memmap(
-        path, np.uint8, mode="c"
-    )  # private: tensors are writable views that never reach the file
+    data = np.memmap(path, np.uint8, mode="c")  # private: tensors are writable views that never reach the file
     cursor = _Cursor(path, data.data)
     magic = bytes(cursor.data[cursor.skip(4, "magic") : cursor.at])
     if magic != b"GGUF":
@@ -300,9 +295,7 @@ def _locate(
             )
         end, before = offset + n_rows * row_bytes, name
         if start + end > len(data):
-            raise ValueError(
-                f"{path}: truncated: tensor {name!r} ends at byte {start + end}, the file has {len(data)}"
-            )
+            raise ValueError(f"{path}: truncated: tensor {name!r} ends at byte {start + end}, the file has {len(data)}")
         tensors[name] = _Tensor(kind, shape, data[start + offset : start + end].reshape(n_rows, row_bytes))
     return tensors
 
@@ -376,9 +369,7 @@ def _config(
     heads = take("attention.head_count", int)
     hidden = take("embedding_length", int)
     if not heads or not hidden:
-        raise ValueError(
-            f"{path}: expected {name} sizes of at least 1, got {heads} heads, embedding of {hidden}"
-        )
+        raise ValueError(f"{path}: expected {name} sizes of at least 1, got {heads} heads, embedding of {hidden}")
     values.update({"attention.head_count": heads, "embedding_length": hidden})
     values.setdefault("attention.head_count_kv", heads)
     values.setdefault("attention.key_length", hidden // heads)
@@ -429,9 +420,7 @@ def _rope_scaling(
     return None
 
 
-def _llama3_divisors(
-    theta: float, width: int, factor: float, low: float, high: float, context: int
-) -> np.ndarray:
+def _llama3_divisors(theta: float, width: int, factor: float, low: float, high: float, context: int) -> np.ndarray:
     """What Llama 3's rule divides the width / 2 rotary frequencies by: 1 for wavelengths below
     context / high, `factor` above context / low, in between 1 / ((1 - t) / factor + t) with t linear in
     the frequency."""

@@ -38,7 +38,7 @@ SMALL_FILES = [  # what is read besides the weights
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "chat_templates/*.jinja",
+    "additional_chat_templates/*.jinja",
     INDEX,
 ]
 MAX_HEADER = 100_000_000  # bytes; the limit of the format
@@ -125,9 +125,7 @@ def _download(repo: str, revision: str | None, token: str | None) -> Path:
 
     def fetch(revision: str | None, patterns: list[str]) -> Path:
         try:
-            folder = huggingface_hub.snapshot_download(
-                repo, revision=revision, token=token, allow_patterns=patterns
-            )
+            folder = huggingface_hub.snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns)
         except Exception as error:  # which errors the client raises depends on its version and HTTP library
             reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
             raise FileNotFoundError(
@@ -218,9 +216,7 @@ def _read_folder(folder: Path, source: str) -> dict[str, _Entry]:
     if (folder / SINGLE).is_file():
         return _without_buffers(_read_header(_inside(folder, SINGLE)))
     if not (folder / INDEX).is_file():
-        weights = sorted(
-            p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".pth")
-        )
+        weights = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
         hint = " (pickled weights are never read: convert them to safetensors)" if weights else ""
         raise ValueError(f"{source}: expected {SINGLE} or {INDEX}, got {weights or 'no weights'}{hint}")
     index = _weight_map(folder / INDEX)
@@ -266,9 +262,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     for name, file in names.items():
         # A plain file name: no folder, so nothing outside is reached; no wildcard, so downloads are exact.
         if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.+-]*\.safetensors", file):
-            raise ValueError(
-                f"{index}: tensor {name!r}: expected a .safetensors file beside the index, got {file!r}"
-            )
+            raise ValueError(f"{index}: tensor {name!r}: expected a .safetensors file beside the index, got {file!r}")
     return names
 
 
@@ -301,9 +295,7 @@ def _read_header(file: Path) -> dict[str, _Entry]:
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(MAX_HEADER, size - 8):
-            raise ValueError(
-                f"{file}: not safetensors or truncated: header of {length} bytes, file of {size} bytes"
-            )
+            raise ValueError(f"{file}: not safetensors or truncated: header of {length} bytes, file of {size} bytes")
         header = _parse_object(stream.read(length), f"{file}: header")
     header.pop("__metadata__", None)
     items = [(*_parse_entry(file, name, item), name) for name, item in header.items()]

@@ -80,9 +80,7 @@ class Tokenizer:
         found = dict.fromkeys(([] if eos is None else [eos]) + list(eos_ids))
         for token_id in found:
             if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
-                raise ValueError(
-                    f"{source}: end-of-text id is {token_id!r}, expected an int in [0, {self.vocab_size})"
-                )
+                raise ValueError(f"{source}: end-of-text id is {token_id!r}, expected an int in [0, {self.vocab_size})")
         self.eos_ids: tuple[int, ...] = tuple(found)
         pad = self._special_id("pad_token")
         self.pad_id = pad if pad is not None else (self.eos_ids[0] if self.eos_ids else None)
@@ -154,9 +152,11 @@ class Tokenizer:
             yield piece
 
     def token_to_id(self, token: str) -> int | None:
+        """Id of one token as the vocabulary spells it, None if there is none."""
         return self.backend.token_to_id(token)
 
     def id_to_token(self, token_id: int) -> str | None:
+        """One token as the vocabulary spells it, None if there is no such id."""
         return self.backend.id_to_token(token_id)
 
     def _special_id(self, name: str) -> int | None:
@@ -388,10 +388,16 @@ def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, except that a forbidden attribute is an error and not an undefined value, which prints
+    as nothing."""
+
+    def unsafe_undefined(self, obj, attribute):
+        raise jinja2.exceptions.SecurityError(f"a template may not use {attribute!r} of a {type(obj).__name__}")
+
+
+def _environment() -> _Sandbox:
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals.update(
         raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_Namespace, dict=_Dict()
@@ -424,9 +430,7 @@ def _plain(value: Any, where: str) -> Any:
         return {_plain(k, where): _plain(v, where) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v, where) for v in value]
-    raise ValueError(
-        f"{where}: expected JSON values (str, number, bool, None, list, dict), got {type(value)}"
-    )
+    raise ValueError(f"{where}: expected JSON values (str, number, bool, None, list, dict), got {type(value)}")
 
 
 # ---- folders ----
@@ -496,7 +500,7 @@ def _declared_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], wher
 def _templates_of_folder(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """Templates by name; files beat the entry in tokenizer_config.json."""
     files = {"default": folder / "chat_template.jinja"}
-    files.update({path.stem: path for path in sorted((folder / "chat_templates").glob("*.jinja"))})
+    files.update({path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))})
     try:
         found = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
     except UnicodeDecodeError as error:
@@ -644,9 +648,7 @@ def _from_gguf(cls: type[Tokenizer], meta: _Metadata) -> Tokenizer:
 def _byte_level_backend(meta: _Metadata, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
     pre = meta.get("pre", str, "default")
     if pre not in _PRE:
-        raise NotImplementedError(
-            f"{meta.source}: tokenizer.ggml.pre is {pre!r}, supported: {', '.join(sorted(_PRE))}"
-        )
+        raise NotImplementedError(f"{meta.source}: tokenizer.ggml.pre is {pre!r}, supported: {', '.join(sorted(_PRE))}")
     merges: list[tuple[str, str]] = []
     for merge in meta.array("merges", str):
         left, _, right = merge.partition(" ")
@@ -676,9 +678,7 @@ def _sentencepiece_backend(meta: _Metadata, vocab: dict[str, int], types: list[i
     unknown = meta.token_id("unknown_token_id", len(types)) or 0
     names = {i: token for token, i in vocab.items()}
     backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab=vocab, merges=merges, unk_token=names.get(unknown), fuse_unk=True, byte_fallback=True
-        )
+        models.BPE(vocab=vocab, merges=merges, unk_token=names.get(unknown), fuse_unk=True, byte_fallback=True)
     )
     blanks = normalizers.Replace(" ", "▁")
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
