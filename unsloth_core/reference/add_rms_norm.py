@@ -1,0 +1,26 @@
+"""Residual add and RMSNorm in plain PyTorch: the sum is rounded to its dtype, then normalised."""
+
+import torch
+from torch import Tensor
+
+
+def add_rms_norm(
+    x: Tensor,
+    res: Tensor,
+    w: Tensor,
+    *,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    casting_mode: str = "llama",
+) -> tuple[Tensor, Tensor]:
+    """``(h, y)``: ``h = x + res``, ``y = h / sqrt(mean(h²) + eps) * (w + offset)`` over the last axis.
+
+    ``"llama"`` rounds the normalised ``h`` to its dtype before the weight, as Llama does; ``"gemma"`` only
+    rounds the result.
+    """
+    h = x + res
+    wide = torch.promote_types(h.dtype, torch.float32)
+    h_hat = h.to(wide) * torch.rsqrt(h.to(wide).square().mean(-1, keepdim=True) + eps)
+    if casting_mode == "llama":
+        h_hat = h_hat.to(h.dtype).to(wide)
+    return h, (h_hat * (w.to(wide) + offset)).to(h.dtype)

@@ -1,0 +1,15 @@
+"""Gated linear unit in plain PyTorch: activation and product in at least fp32, rounded once."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def glu(gate_up: Tensor, *, act: str = "silu") -> Tensor:
+    """``act(gate) * up``; the gate is the first F columns of ``gate_up`` (..., 2F), ``up`` the others."""
+    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
+    if act == "silu":
+        activated = F.silu(gate)
+    else:
+        activated = F.gelu(gate, approximate="tanh" if act == "gelu_tanh" else "none")
+    return (activated * up).to(gate_up.dtype)

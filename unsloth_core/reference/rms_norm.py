@@ -1,0 +1,32 @@
+"""RMSNorm in plain PyTorch: statistics in at least fp32, the output in the dtype of ``x``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tree import ABSENT
+
+
+def rms_norm(
+    x: Tensor,
+    w: Tensor,
+    add: Any = ABSENT,
+    *,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    casting_mode: str = "llama",
+) -> Tensor:
+    """``x / sqrt(mean(x²) + eps) * (w + offset) (+ add)`` over the last axis.
+
+    ``"llama"`` rounds the normalised ``x`` to its dtype before the weight, as Llama does; ``"gemma"`` only
+    rounds the result.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x_hat = x.to(wide) * torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
+    if casting_mode == "llama":
+        x_hat = x_hat.to(x.dtype).to(wide)
+    y = x_hat * (w.to(wide) + offset)
+    if add is not ABSENT:
+        y = y + add.to(wide)
+    return y.to(x.dtype)
