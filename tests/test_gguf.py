@@ -326,7 +326,8 @@ def test_scaling_in_metadata(tmp_path):
         ({"llama.block_count": None}, ValueError, "llama.block_count: expected int, got none"),
         ({"llama.block_count": "2"}, ValueError, "llama.block_count: expected int, got str"),
         ({"llama.block_count": 1}, ValueError, "tensor 'blk.1.* has no place in a llama model of 1 layers"),
-        ({"llama.attention.head_count": 0}, ValueError, "got 0 heads"),
+        ({"llama.attention.head_count": 0}, ValueError, "head_count: expected more than 0, got 0"),
+        ({"llama.attention.head_count_kv": 0}, ValueError, "head_count_kv: expected more than 0, got 0"),
         ({"llama.attention.head_count": [4, 4]}, ValueError, "expected int, got list"),
         (
             {"llama.attention.head_count": 3, "llama.attention.key_length": K},

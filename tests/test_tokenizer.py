@@ -111,6 +111,16 @@ def test_a_trimming_post_processor_does_not_move_offsets(tmp_path):
     assert offsets[-1][1] == 11 and [a for a, _ in offsets[1:]] == [b for _, b in offsets[:-1]]
 
 
+def test_ids_around_a_text_whatever_the_vocabulary():
+    vocab = {"<s>": 0, "</s>": 1, "hello": 2, "world": 3}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="</s>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), BOS_EOS])
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.encode("hello world") == [0, 2, 3, 1] and tokenizer.encode("") == [0, 1]
+
+
 def test_stored_truncation_and_padding_are_cleared(tmp_path):
     backend = byte_level()
     backend.enable_truncation(2)
@@ -156,6 +166,7 @@ def test_older_layout_and_generation_config(tmp_path):
             {"tokenizer_config": {"added_tokens_decoder": {"7": {"content": "<s>"}}}},
             "'<s>': expected id 7, got 0",
         ),
+        ({"tokenizer_config": {"extra_special_tokens": 3}}, "extra special tokens: expected a list of tokens, got 3"),
         ({"tokenizer_config": {"chat_template": 3}}, "chat_template: expected a string or a list"),
         (
             {"tokenizer_config": {"chat_template": [{"name": "default"}]}},

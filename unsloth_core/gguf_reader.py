@@ -366,16 +366,15 @@ def _config(
         if take(key, int, 0):
             raise NotImplementedError(f"{path}: {name}.{key}: not supported for this architecture")
     config: dict[str, Any] = dict(arch.config)
-    heads = take("attention.head_count", int)
-    hidden = take("embedding_length", int)
-    if not heads or not hidden:
-        raise ValueError(f"{path}: expected {name} sizes of at least 1, got {heads} heads, embedding of {hidden}")
-    values.update({"attention.head_count": heads, "embedding_length": hidden})
-    values.setdefault("attention.head_count_kv", heads)
-    values.setdefault("attention.key_length", hidden // heads)
+    heads, hidden = values.get("attention.head_count"), values.get("embedding_length")
+    if type(heads) is int and type(hidden) is int and heads > 0:
+        values.setdefault("attention.head_count_kv", heads)
+        values.setdefault("attention.key_length", hidden // heads)
     values.setdefault("rope.freq_base", 10000.0)
     for key, (field, kind) in arch.keys.items():
         config[field] = take(key, kind)
+        if config[field] <= 0:
+            raise ValueError(f"{path}: {name}.{key}: expected more than 0, got {config[field]}")
     width = config["head_dim"]
     for key in ("attention.value_length", "rope.dimension_count"):
         if (got := take(key, int, width)) != width:

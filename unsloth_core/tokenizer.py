@@ -491,6 +491,8 @@ def _declared_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], wher
     if isinstance(extra, dict):
         named.update(extra)
         extra = []
+    if not isinstance(extra, list):
+        raise ValueError(f"{where}: extra special tokens: expected a list of tokens, got {str(extra)[:60]}")
     tokens = {name: _added_token(value, f"{where}: {name}", special=True) for name, value in named.items()}
     others = [_added_token(value, f"{where}: additional special tokens", special=True) for value in extra]
     backend.add_special_tokens([*tokens.values(), *others])
@@ -522,13 +524,17 @@ def _templates_of_folder(folder: Path, config: dict[str, Any]) -> dict[str, str]
 
 
 def _surrounding_ids(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """The special ids that the post-processor puts before and after a text."""
-    inside = backend.encode("a", add_special_tokens=False).ids
-    whole = backend.encode("a", add_special_tokens=True).ids
-    for start in range(len(whole) - len(inside) + 1):
-        if whole[start : start + len(inside)] == inside:
-            return whole[:start], whole[start + len(inside) :]
-    raise ValueError(f"tokenizer: its post-processor changes the ids of a text: {inside} became {whole}")
+    """The special ids that the post-processor puts before and after a text: seen on the first text with ids."""
+    if backend.post_processor is None:
+        return [], []
+    for token_id in range(backend.get_vocab_size()):
+        text = backend.decode([token_id])
+        inside = backend.encode(text, add_special_tokens=False).ids
+        whole = backend.encode(text, add_special_tokens=True).ids
+        for start in range(len(whole) - len(inside) + 1):
+            if inside and whole[start : start + len(inside)] == inside:
+                return whole[:start], whole[start + len(inside) :]
+    raise ValueError("tokenizer: cannot tell which ids its post-processor puts around a text")
 
 
 # ---- GGUF ----
@@ -672,7 +678,7 @@ def _sentencepiece_backend(meta: _Metadata, vocab: dict[str, int], types: list[i
         raise meta.error("scores", "a number per token", "NaN" if scores else "none")
     merges = []
     for token in sorted((t for t, i in vocab.items() if types[i] == 1), key=lambda t: -scores[vocab[t]]):
-        cuts = [(token[:k], token[k:]) for k in range(1, len(token))]
+        cuts = ((token[:k], token[k:]) for k in range(1, len(token)))
         cuts = [(left, right) for left, right in cuts if left in vocab and right in vocab]
         merges += sorted(cuts, key=lambda cut: (vocab[cut[0]], vocab[cut[1]]))
     unknown = meta.token_id("unknown_token_id", len(types)) or 0
