@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from oprule import DEVICE
 
 from unsloth_core import backend, tree
 from unsloth_core.autodiff import custom_vjp, value_and_grad, vjp
@@ -34,8 +35,8 @@ affine = custom_vjp(affine_fwd, affine_bwd)
 
 @pytest.fixture(autouse=True)
 def _kernels():
-    """The pairs, not their references (affine has none)."""
-    with backend.using("triton"):
+    """The pairs, not their references (affine has none), on the test device."""
+    with backend.using("triton"), DEVICE:
         yield
 
 

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from oprule import DEVICE
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,12 +26,12 @@ def layer(w, x):
 
 def weights(seed=0, layers=2):
     g = torch.Generator().manual_seed(seed)
-    make = lambda *shape: torch.randn(shape, generator=g) * 0.3  # noqa: E731
+    make = lambda *shape: (torch.randn(shape, generator=g) * 0.3).to(DEVICE)  # noqa: E731
     return [{"norm": 1 + make(D), "up": make(2 * F, D), "down": make(D, F)} for _ in range(layers)]
 
 
 def loss(policy):
-    x0 = torch.randn(N, D, generator=torch.Generator().manual_seed(1))
+    x0 = torch.randn(N, D, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
     def f(ws):
         x = x0
@@ -125,19 +126,19 @@ def test_a_typo_in_the_policy_is_refused():
 
 def test_a_closure_that_wants_a_gradient_is_refused():
     w = weights()[0]["norm"].requires_grad_()
-    x = torch.randn(N, D, requires_grad=True)
+    x = torch.randn(N, D, device=DEVICE, requires_grad=True)
     with pytest.raises(ValueError, match="remat: op 'rms_norm' got a tensor that wants a gradient through a closure"):
         remat(lambda x: rms_norm(x, w), {})(x)
 
 
 def test_nested_remat_is_refused():
-    x = torch.randn(N, D, requires_grad=True)
-    inner = remat(lambda x: rms_norm(x, torch.ones(D)), {})
+    x = torch.randn(N, D, device=DEVICE, requires_grad=True)
+    inner = remat(lambda x: rms_norm(x, torch.ones(D, device=DEVICE)), {})
     with pytest.raises(ValueError, match="remat: called inside another remat"):
         remat(lambda x: inner(x.detach().requires_grad_()), {})(x)
 
 
 def test_without_gradients_a_layer_just_runs():
-    w, x = weights()[0], torch.randn(N, D)
+    w, x = weights()[0], torch.randn(N, D, device=DEVICE)
     assert torch.equal(remat(layer, {"up": SAVE})(w, x), layer(w, x))
     assert remat(layer, None) is layer and ABSENT is not None
