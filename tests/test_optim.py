@@ -17,9 +17,7 @@ from unsloth_core.weights import LoRA
 
 BACKENDS = ("triton", "reference")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = st.sampled_from(
-    [0, 1, 2, 17, 127, multi_tensor.TILE - 1, multi_tensor.TILE, 2 * multi_tensor.TILE + 3]
-)
+SIZES = st.sampled_from([0, 1, 2, 17, 127, multi_tensor.TILE - 1, multi_tensor.TILE, 2 * multi_tensor.TILE + 3])
 OPTIONS = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
 
@@ -67,9 +65,7 @@ def test_fp32_is_torch_adamw_to_an_ulp_per_step(name, sizes, seed):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @given(
-    leaves=st.lists(
-        st.tuples(SIZES, st.sampled_from(FLOATS), st.sampled_from(FLOATS)), min_size=1, max_size=4
-    ),
+    leaves=st.lists(st.tuples(SIZES, st.sampled_from(FLOATS), st.sampled_from(FLOATS)), min_size=1, max_size=4),
     seed=st.integers(0, 2**20),
 )
 @settings(max_examples=8)
@@ -155,6 +151,13 @@ def test_an_empty_tree_and_a_tree_of_empty_leaves():
     for params in ({}, [torch.zeros(0, 4, device=DEVICE)]):
         new, state = opt.update(params, opt.init(params), params)
         assert int(state.step) == 1 and len(tree.leaves(new)) == len(params)
+
+
+def test_no_gradient_at_all():
+    params = {"w": rand((3,), seed=0)}
+    opt = optim.adamw(max_norm=1.0, weight_decay=0.5)
+    new, state = opt.update(ABSENT, opt.init(params), params)
+    assert new["w"] is params["w"] and int(state.step) == 1
 
 
 def count_launches(monkeypatch):
@@ -259,9 +262,7 @@ def test_schedules_are_their_formulas(shape, peak, warmup, decay, final):
             down = 1 - t if shape == "linear" else 0.5 * (1 + math.cos(math.pi * t))
             expected = final + (peak - final) * down
         assert math.isclose(rate, expected, rel_tol=1e-9, abs_tol=1e-12)
-    assert (
-        rates[0] > 0 and math.isclose(rates[warmup], peak) and math.isclose(rates[-1], final, abs_tol=1e-12)
-    )
+    assert rates[0] > 0 and math.isclose(rates[warmup], peak) and math.isclose(rates[-1], final, abs_tol=1e-12)
     assert schedule(torch.tensor(0)).dtype == torch.float64
 
 

@@ -91,17 +91,20 @@ def adamw(
         grads: Any, state: AdamWState, params: Any, *, clip: Tensor | None = None, donate: bool = False
     ) -> tuple[Any, AdamWState]:
         ps, spec = tree.flatten(params)
-        gs, ms, vs = tree.broadcast(grads, params), tree.leaves(state.m), tree.leaves(state.v)
+        gs, grads_spec = tree.flatten(grads)
+        if grads_spec != spec:  # there are holes
+            gs = tree.broadcast(grads, params)
+        ms, vs = tree.leaves(state.m), tree.leaves(state.v)
         _check_update(params, ps, gs, ms)
-        if max_norm is not None:
-            if clip is not None:
-                raise ValueError("adamw: clip was given and max_norm is set, expected only one of them")
-            clip = clip_factor(global_norm(grads), max_norm)
+        if max_norm is not None and clip is not None:
+            raise ValueError("adamw: clip was given and max_norm is set, expected only one of them")
 
+        stepped = [i for i, g in enumerate(gs) if g is not ABSENT and g.numel()]
+        if max_norm is not None and stepped:
+            clip = clip_factor(global_norm([gs[i] for i in stepped]), max_norm)
         step = state.step.add_(1) if donate else state.step + 1
         coefficients = _coefficients(step, schedule(step - 1), betas, weight_decay, clip)
 
-        stepped = [i for i, g in enumerate(gs) if g is not ABSENT and g.numel()]
         p_in, m_in, v_in = ([leaves[i] for i in stepped] for leaves in (ps, ms, vs))
         g_in = [gs[i].contiguous() for i in stepped]
         out = (p_in, m_in, v_in)
@@ -152,9 +155,7 @@ def _step(
     return (p.float() * decay).addcdiv(m * -rate, denominator), m, v
 
 
-def _check_options(
-    betas: tuple[float, float], eps: float, weight_decay: float, max_norm: float | None
-) -> None:
+def _check_options(betas: tuple[float, float], eps: float, weight_decay: float, max_norm: float | None) -> None:
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"adamw: betas = {betas}, expected two numbers in [0, 1)")
     if not 0 <= eps < math.inf or not 0 <= weight_decay < math.inf:

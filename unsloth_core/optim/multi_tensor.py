@@ -124,13 +124,9 @@ def _adamw_kernel(
         g_kind: tl.constexpr = G_KIND
     # Full tiles go unmasked: a mask against a loaded size would make every access one element wide.
     if start + TILE <= size:
-        _adamw_tile(
-            pointers, coefficients, leaf, L, p_kind, g_kind, offsets, size, BETA1, BETA2, EPS, False, ALIGNED
-        )
+        _adamw_tile(pointers, coefficients, leaf, L, p_kind, g_kind, offsets, size, BETA1, BETA2, EPS, False, ALIGNED)
     else:
-        _adamw_tile(
-            pointers, coefficients, leaf, L, p_kind, g_kind, offsets, size, BETA1, BETA2, EPS, True, ALIGNED
-        )
+        _adamw_tile(pointers, coefficients, leaf, L, p_kind, g_kind, offsets, size, BETA1, BETA2, EPS, True, ALIGNED)
 
 
 def adamw(
@@ -259,6 +255,7 @@ def _pointers(groups: Sequence[Sequence[Tensor]], device: torch.device) -> tuple
     elif torch.cuda.is_current_stream_capturing():
         table = _table_by_arguments(addresses, device)
     else:
+        _load_argument_kernel(device)
         table = torch.tensor(addresses, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
     return table.view(shape), aligned
 
@@ -267,6 +264,12 @@ def _pointers(groups: Sequence[Sequence[Tensor]], device: torch.device) -> tuple
 def _store_arguments(table, values):
     for i in tl.static_range(len(values)):
         tl.store(table + i, values[i] >> 1)
+
+
+@functools.cache
+def _load_argument_kernel(device: torch.device) -> None:
+    """At the first step outside a capture: inside one, code must not be loaded."""
+    _table_by_arguments([torch.empty(1, device=device).data_ptr()], device)
 
 
 def _table_by_arguments(addresses: list[int], device: torch.device) -> Tensor:
