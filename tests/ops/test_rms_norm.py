@@ -67,6 +67,13 @@ def test_heads_of_a_slice():
     check_op(rms_norm, (q, rand((16,), torch.bfloat16, seed=1)))
 
 
+def test_a_single_channel_of_many():
+    """D = 1: the last stride is never used, whatever it is."""
+    x = rand((6, 10), seed=0)[:, 3:4]
+    check_op(rms_norm, (x, rand((1,), seed=1)), {"eps": 0.1})
+    check_op(rms_norm, (rand((10, 6), seed=0).T[:, :1], rand((1,), seed=1)), {"eps": 0.1})
+
+
 def test_row_strides():
     t = rand((2, 3, 4, 8), seed=0)
     assert row_strides(t) == (1, ((8, 0),))

@@ -30,6 +30,7 @@ from ..device import launch
 from ..tree import ABSENT
 from .language import cast
 from .rms_norm import (
+    cdiv,
     check_norm,
     check_row_strides,
     in_registers,
@@ -116,8 +117,8 @@ def add_rms_norm_fwd(
     casting_mode: str = "llama",
 ) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...]]:
     """x (..., D), res (..., D), w (D,) -> (h, y), both (..., D) and contiguous. Else raises ValueError."""
-    check_norm("add_rms_norm", x, w, casting_mode, res=res)
-    inner, (x_rows, res_rows) = check_row_strides("add_rms_norm", ("x", x), ("res", res))
+    check_norm("add_rms_norm", x, w, casting_mode, "res", res)
+    inner, (x_rows, res_rows) = check_row_strides("add_rms_norm", x=x, res=res)
     D = x.shape[-1]
     rows = x.numel() // D
     h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -127,7 +128,7 @@ def add_rms_norm_fwd(
     if in_registers(x):
         ROWS, BLOCK, warps = whole_rows(D)
         launch(
-            _forward, (triton.cdiv(rows, ROWS),), x, res, w, h, y, rstd, rows, D, inner, *x_rows, *res_rows,
+            _forward, (cdiv(rows, ROWS),), x, res, w, h, y, rstd, rows, D, inner, *x_rows, *res_rows,
             eps=eps, offset=offset, ROUND=casting_mode == "llama", ROWS=ROWS, BLOCK=BLOCK,
             num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip

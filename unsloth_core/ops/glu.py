@@ -25,6 +25,7 @@ Sources of ideas: Shazeer, GLU Variants Improve Transformer (arXiv 2002.05202); 
 backward, Liger Kernel.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -37,11 +38,9 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import launch
 from .language import cast
-from .rms_norm import check_row_strides, cotangent_row_strides, row_offset
+from .rms_norm import DTYPES, MAX_ROWS, cdiv, check_row_strides, cotangent_row_strides, row_offset
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ACTS = ("silu", "gelu_tanh", "gelu_erf")
-_MAX_ROWS = 2**30  # row numbers are int32 in the kernels; offsets are int64
 _TILE = 2048  # elements of y per program
 
 # In kernels these stand right of their tensor: the interpreter cannot multiply the other way round.
@@ -120,12 +119,12 @@ def _backward(
     tl.store(d_gate_ptr + F, cast(dy * (a * g), d_ptr.dtype.element_ty), inside)
 
 
-def _grid(rows: int, F: int) -> tuple[tuple[int], int, int]:
-    """Grid, rows and columns of a tile: the widest one that idles at most an eighth of its lanes."""
-    block = next((b for b in (1024, 512, 256) if triton.cdiv(F, b) * b <= F + F // 8), 128)
+@functools.cache
+def _tile_shape(F: int) -> tuple[int, int]:
+    """Rows and columns of a tile: the widest one that idles at most an eighth of its lanes."""
+    block = next((b for b in (1024, 512, 256) if cdiv(F, b) * b <= F + F // 8), 128)
     block = min(block, triton.next_power_of_2(F))
-    rows_per_tile = min(32, _TILE // block)
-    return (triton.cdiv(rows, rows_per_tile) * triton.cdiv(F, block),), rows_per_tile, block
+    return min(32, _TILE // block), block
 
 
 # ---------------------------------------------------------------------------- op
@@ -135,17 +134,18 @@ def glu_fwd(gate_up: Tensor, *, needs: Any, act: str = "silu") -> tuple[Tensor, 
     """gate_up (..., 2F), gate first -> y (..., F), contiguous. Raises ValueError for anything else."""
     if gate_up.ndim == 0 or gate_up.shape[-1] == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"glu: gate_up has shape {tuple(gate_up.shape)}, expected (..., 2F) with F >= 1")
-    if gate_up.dtype not in _DTYPES:
+    if gate_up.dtype not in DTYPES:
         raise ValueError(f"glu: gate_up has dtype {gate_up.dtype}, expected float16, bfloat16 or float32")
     if act not in _ACTS:
         raise ValueError(f"glu: act is {act!r}, expected one of {_ACTS}")
     F = gate_up.shape[-1] // 2
     rows = gate_up.numel() // (2 * F)
-    if rows >= _MAX_ROWS:
-        raise NotImplementedError(f"glu: gate_up has {rows} rows, expected fewer than {_MAX_ROWS}")
-    inner, (strides,) = check_row_strides("glu", ("gate_up", gate_up))
+    if rows >= MAX_ROWS:
+        raise NotImplementedError(f"glu: gate_up has {rows} rows, expected fewer than {MAX_ROWS}")
+    inner, (strides,) = check_row_strides("glu", gate_up=gate_up)
     y = torch.empty((*gate_up.shape[:-1], F), dtype=gate_up.dtype, device=gate_up.device)
-    grid, ROWS, BLOCK = _grid(rows, F)
+    ROWS, BLOCK = _tile_shape(F)
+    grid = (cdiv(rows, ROWS) * cdiv(F, BLOCK),)
     launch(
         _forward, grid, gate_up, y, rows, F, inner, *strides,
         ACT=act, ROWS=ROWS, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
@@ -161,7 +161,8 @@ def glu_bwd(residuals: tuple[Tensor], dy: Tensor, *, needs: Any, act: str = "sil
     d = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     if rows:
         (dy,), inner, (strides, dy_strides) = cotangent_row_strides(gate_up, dy)
-        grid, ROWS, BLOCK = _grid(rows, F)
+        ROWS, BLOCK = _tile_shape(F)
+        grid = (cdiv(rows, ROWS) * cdiv(F, BLOCK),)
         launch(
             _backward, grid, gate_up, dy, d, rows, F, inner, *strides, *dy_strides, dy.stride(-1),
             ACT=act, ROWS=ROWS, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,

@@ -25,6 +25,7 @@ Sources of ideas: RMSNorm, Zhang & Sennrich (arXiv 1910.07467); rstd as the resi
 Triton's layer-norm tutorial; partial rows per program instead of locks, QuACK.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -39,9 +40,9 @@ from ..device import launch, sms
 from ..tree import ABSENT
 from .language import cast
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CASTING_MODES = ("llama", "gemma")
-_MAX_ROWS = 2**30  # row numbers are int32 in the kernels; offsets are int64
+MAX_ROWS = 2**30  # row numbers are int32 in the kernels; offsets are int64
 _FORWARD_BYTES = 65536  # of a row of x that one program keeps in registers
 _BACKWARD_WIDTH = 16384  # channels: x and dy share the registers,
 _FUSED_WIDTH = 8192  # and here the running dw too
@@ -227,12 +228,18 @@ def row_strides(*tensors: Tensor) -> tuple[int, tuple[tuple[int, int], ...]] | N
     """
     if all(t.is_contiguous() for t in tensors):
         return 1, tuple((t.shape[-1], 0) for t in tensors)
-    leading = tensors[0].shape[:-1]
-    for split in range(len(leading), -1, -1):
-        outer = [_one_stride(leading[:split], t.stride()[:split]) for t in tensors]
-        inner = [_one_stride(leading[split:], t.stride()[split:-1]) for t in tensors]
+    return _row_strides(tensors[0].shape[:-1], *[t.stride()[:-1] for t in tensors])
+
+
+@functools.lru_cache(maxsize=256)
+def _row_strides(
+    sizes: tuple[int, ...], *strides: tuple[int, ...]
+) -> tuple[int, tuple[tuple[int, int], ...]] | None:
+    for split in range(len(sizes), -1, -1):
+        outer = [_one_stride(sizes[:split], s[:split]) for s in strides]
+        inner = [_one_stride(sizes[split:], s[split:]) for s in strides]
         if None not in outer and None not in inner:
-            return math.prod(leading[split:]), tuple(zip(outer, inner))  # type: ignore[return-value]
+            return math.prod(sizes[split:]), tuple(zip(outer, inner))  # type: ignore[return-value]
     return None
 
 
@@ -250,14 +257,14 @@ def _one_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     return 0 if single is None else single
 
 
-def check_row_strides(op: str, *named: tuple[str, Tensor]) -> tuple[int, tuple[tuple[int, int], ...]]:
+def check_row_strides(op: str, **named: Tensor) -> tuple[int, tuple[tuple[int, int], ...]]:
     """:func:`row_strides` of arguments. Raises ValueError for a last stride other than 1, or too many."""
-    for name, t in named:
-        if t.stride(-1) != 1 and t.shape[-1] > 1 and t.numel() > 0:
+    addressed = row_strides(*named.values())
+    for name, t in named.items():
+        if t.stride(-1) != 1 and t.shape[-1] > 1 and not t.is_contiguous():
             raise ValueError(f"{op}: {name} has strides {t.stride()}, expected a last stride of 1")
-    addressed = row_strides(*[t for _, t in named])
     if addressed is None:
-        what = " and ".join(f"{name} {tuple(t.shape)} strides {t.stride()}" for name, t in named)
+        what = " and ".join(f"{name} {tuple(t.shape)} strides {t.stride()}" for name, t in named.items())
         raise ValueError(f"{op}: rows of {what} need more than two strides; call .contiguous()")
     return addressed
 
@@ -285,6 +292,7 @@ def in_registers(x: Tensor) -> bool:
     return x.shape[-1] * x.element_size() <= _FORWARD_BYTES
 
 
+@functools.cache
 def whole_rows(D: int) -> tuple[int, int, int]:
     """(rows per program, block of columns, warps) of a kernel that keeps whole rows in registers."""
     block = triton.next_power_of_2(D)
@@ -292,15 +300,21 @@ def whole_rows(D: int) -> tuple[int, int, int]:
     return rows, block, min(32, max(4, block // 512))
 
 
+@functools.cache
 def _column_tile(D: int, narrowest: int) -> tuple[int, int]:
     """(rows, columns) of a tile of kernels that add up columns: narrow enough for many programs across."""
     block = min(512, max(narrowest, triton.next_power_of_2(D) // 128))
     return 4096 // block, block
 
 
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉; ``triton.cdiv``, which kernels use too, costs microseconds in Python."""
+    return -(-a // b)
+
+
 def _partial_rows(x: Tensor, rows: int, ROWS: int, programs_per_sm: int) -> Tensor:
     """Where programs leave their sums for dw, one row each; four tiles per program keep it small beside x."""
-    programs = min(triton.cdiv(rows, 4 * ROWS), programs_per_sm * sms(x.device))
+    programs = min(cdiv(rows, 4 * ROWS), programs_per_sm * sms(x.device))
     return torch.empty((programs, x.shape[-1]), dtype=torch.float32, device=x.device)
 
 
@@ -312,30 +326,32 @@ def _stages(tile_bytes: int) -> int:
 # ---------------------------------------------------------------------------- rules
 
 
-def check_norm(op: str, x: Tensor, w: Tensor, casting_mode: str, **same: Tensor) -> None:
-    """Raises ValueError unless x is (..., D), w is (D,), and each tensor of ``same`` is like x."""
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (..., D) with D >= 1")
-    D = x.shape[-1]
+def check_norm(op: str, x: Tensor, w: Tensor, casting_mode: str, name: str = "", like_x: Any = ABSENT) -> None:
+    """Raises ValueError unless x is (..., D), w is (D,), and ``like_x``, the argument ``name``, is like x."""
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(shape)}, expected (..., D) with D >= 1")
+    D = shape[-1]
     if w.shape != (D,):
         raise ValueError(f"{op}: w has shape {tuple(w.shape)}, expected (D,) = ({D},)")
-    if w.stride(0) != 1 and D > 1:
+    if not w.is_contiguous():
         raise ValueError(f"{op}: w has stride {w.stride(0)}, expected 1")
-    for name, t in (("x", x), ("w", w)):
-        if t.dtype not in _DTYPES:
-            raise ValueError(f"{op}: {name} has dtype {t.dtype}, expected float16, bfloat16 or float32")
-    for name, t in same.items():
-        if t.shape != x.shape or t.dtype != x.dtype:
-            raise ValueError(
-                f"{op}: {name} is {tuple(t.shape)} {t.dtype}, expected x's {tuple(x.shape)} {x.dtype}"
-            )
-    for name, t in (("w", w), *same.items()):
-        if t.device != x.device:
-            raise ValueError(f"{op}: {name} is on {t.device}, expected x's device {x.device}")
+    if dtype not in DTYPES:
+        raise ValueError(f"{op}: x has dtype {dtype}, expected float16, bfloat16 or float32")
+    if w.dtype not in DTYPES:
+        raise ValueError(f"{op}: w has dtype {w.dtype}, expected float16, bfloat16 or float32")
+    if w.device != device:
+        raise ValueError(f"{op}: w is on {w.device}, expected x's device {device}")
+    if like_x is not ABSENT:
+        if like_x.shape != shape or like_x.dtype != dtype:
+            got = f"{tuple(like_x.shape)} {like_x.dtype}"
+            raise ValueError(f"{op}: {name} is {got}, expected x's {tuple(shape)} {dtype}")
+        if like_x.device != device:
+            raise ValueError(f"{op}: {name} is on {like_x.device}, expected x's device {device}")
     if casting_mode not in _CASTING_MODES:
         raise ValueError(f"{op}: casting_mode is {casting_mode!r}, expected one of {_CASTING_MODES}")
-    if x.numel() // D >= _MAX_ROWS:
-        raise NotImplementedError(f"{op}: x has {x.numel() // D} rows, expected fewer than {_MAX_ROWS}")
+    if x.numel() // D >= MAX_ROWS:
+        raise NotImplementedError(f"{op}: x has {x.numel() // D} rows, expected fewer than {MAX_ROWS}")
 
 
 def norm_backward(
@@ -365,8 +381,8 @@ def norm_backward(
         )  # fmt: skip
     elif needs_w:
         ROWS, BLOCK = _column_tile(D, narrowest=128)
-        columns = triton.cdiv(D, BLOCK)
-        partial = _partial_rows(x, rows, ROWS, programs_per_sm=triton.cdiv(8, columns))
+        columns = cdiv(D, BLOCK)
+        partial = _partial_rows(x, rows, ROWS, programs_per_sm=cdiv(8, columns))
         launch(
             _weight_partials, (columns, partial.shape[0]), x, rstd, dy, partial,
             rows, D, inner, *x_rows, *dy_rows, ROWS=ROWS, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
@@ -374,13 +390,13 @@ def norm_backward(
     if partial is not None:
         ROWS, BLOCK = _column_tile(D, narrowest=32)
         launch(
-            _sum_partials, (triton.cdiv(D, BLOCK),), partial, dw, partial.shape[0], D,
+            _sum_partials, (cdiv(D, BLOCK),), partial, dw, partial.shape[0], D,
             ROWS=ROWS, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     if needs_x and not fused and D <= _BACKWARD_WIDTH:
         ROWS, BLOCK, warps = whole_rows(D)
         launch(
-            _backward, (triton.cdiv(rows, ROWS),), x, w, rstd, dy, dh, dx, None,
+            _backward, (cdiv(rows, ROWS),), x, w, rstd, dy, dh, dx, None,
             rows, D, inner, *x_rows, *dy_rows, *dh_rows, offset=offset, ROWS=ROWS, BLOCK=BLOCK, STAGES=1,
             num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
@@ -408,11 +424,11 @@ def rms_norm_fwd(
     """x (..., D), w (D,), add (..., D) or ABSENT -> y (..., D), contiguous. Else raises ValueError."""
     if add is ABSENT:
         check_norm("rms_norm", x, w, casting_mode)
-        inner, (x_rows,) = check_row_strides("rms_norm", ("x", x))
+        inner, (x_rows,) = check_row_strides("rms_norm", x=x)
         add, add_rows = None, (0, 0)
     else:
-        check_norm("rms_norm", x, w, casting_mode, add=add)
-        inner, (x_rows, add_rows) = check_row_strides("rms_norm", ("x", x), ("add", add))
+        check_norm("rms_norm", x, w, casting_mode, "add", add)
+        inner, (x_rows, add_rows) = check_row_strides("rms_norm", x=x, add=add)
     D = x.shape[-1]
     rows = x.numel() // D
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -421,7 +437,7 @@ def rms_norm_fwd(
     if in_registers(x):
         ROWS, BLOCK, warps = whole_rows(D)
         launch(
-            _forward, (triton.cdiv(rows, ROWS),), x, w, add, y, rstd, rows, D, inner, *x_rows, *add_rows,
+            _forward, (cdiv(rows, ROWS),), x, w, add, y, rstd, rows, D, inner, *x_rows, *add_rows,
             eps=eps, offset=offset, ROUND=casting_mode == "llama", ROWS=ROWS, BLOCK=BLOCK,
             num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
