@@ -9,7 +9,7 @@ import transformers
 from oprule import DEVICE
 from torch import Tensor
 
-from unsloth_core import load
+from unsloth_core.load import read_weights
 from unsloth_core.models import family_of
 from unsloth_core.models.decoder import Model
 
@@ -83,7 +83,7 @@ def ours(hf: transformers.PreTrainedModel, quantize: str | None = None) -> tuple
     checkpoint = checkpoint_of(hf)
     family = family_of(checkpoint.config)
     config = family.Config.from_hf(checkpoint.config)
-    params = load.read_weights(
+    params = read_weights(
         checkpoint, family.Weights, config, device=DEVICE, dtype=torch.float32, quantize=quantize
     )
     return Model(family=family, config=config), params

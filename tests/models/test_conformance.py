@@ -13,10 +13,11 @@ from tiny import VERSIONS, checkpoint_of, judge, ours
 from oprule import DEVICE, assert_op_rule
 from safetensors.torch import save_file
 
-from unsloth_core import backend, hub, load, lora, random, tree
+from unsloth_core import backend, hub, lora, random, tree
 from unsloth_core.autodiff import RECOMPUTE, SAVE, value_and_grad
 from unsloth_core.cache import Cache
 from unsloth_core.data import from_tokens
+from unsloth_core.load import family_of, named_tensors, read_weights
 from unsloth_core.models.decoder import hidden, hidden_cached
 from unsloth_core.segments import Segments
 from unsloth_core.tree import ABSENT
@@ -54,7 +55,7 @@ def assert_conforms(hf, name):
         assert_op_rule(model.logits(params, ids), logits32, logits64, "logits")
         (loss, _), grads = value_and_grad(lambda p: model.loss(p, batch), has_aux=True)(params)
     assert_op_rule(loss, loss32, loss64, "loss")
-    named = load.named_tensors(grads)
+    named = named_tensors(grads)
     assert set(named) == set(grads32)
     for key, grad in named.items():
         assert_op_rule(grad, grads32[key], grads64[key], f"gradient of {key}")
@@ -163,12 +164,12 @@ def test_load_and_save_are_inverse(version, tmp_path):
     checkpoint = checkpoint_of(make(version))
     save_file({k: v.cpu().contiguous() for k, v in checkpoint.tensors.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(__import__("json").dumps(checkpoint.config))
-    family = load.family_of(checkpoint.config)
+    family = family_of(checkpoint.config)
     opened = hub.open_checkpoint(str(tmp_path))
-    params = load.read_weights(
+    params = read_weights(
         opened, family.Weights, family.Config.from_hf(opened.config), device=torch.device("cpu"), dtype=torch.float32
     )
-    again = load.named_tensors(params)
+    again = named_tensors(params)
     assert set(again) == set(checkpoint.tensors)
     for key, tensor in again.items():
         assert torch.equal(tensor, checkpoint.tensors[key].cpu()), key
@@ -210,8 +211,8 @@ def test_nf4_weights_train_like_their_decoded_selves(name):
 def dense_twin(hf, quantised):
     """The same model with every NF4 weight decoded."""
     checkpoint = checkpoint_of(hf)
-    checkpoint.tensors = {**checkpoint.tensors, **load.named_tensors(quantised)}
-    return load.read_weights(
+    checkpoint.tensors = {**checkpoint.tensors, **named_tensors(quantised)}
+    return read_weights(
         checkpoint, type(quantised), quantised.config, device=DEVICE, dtype=torch.float32
     )
 

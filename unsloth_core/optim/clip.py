@@ -14,8 +14,8 @@ def global_norm(grads: Any) -> Tensor:
     """Euclidean norm over all leaves of a tree, accumulated in fp32: a fp32 scalar on their device.
 
     Leaves are fp32, bf16 or fp16, with any strides (one that is not contiguous is copied); holes count as
-    zero. The order of the sum is fixed: the same gradients give the same bits. An empty tree gives 0, on the
-    CPU. Raises ValueError for another dtype or a second device.
+    zero. The order of the sum is fixed: the same gradients give the same bits. A tree without leaves gives 0, on
+    the CPU. Raises ValueError for another dtype or a second device.
     """
     leaves = [leaf for leaf in tree.leaves(grads) if leaf.numel()]
     for leaf in leaves:
@@ -27,7 +27,7 @@ def global_norm(grads: Any) -> Tensor:
             raise ValueError(f"global_norm: leaves are on {devices}, expected one device")
     with torch.no_grad():
         if not leaves:
-            return torch.zeros(())
+            return torch.zeros((), device=next((leaf.device for leaf in tree.leaves(grads)), None))
         if resolve(leaves[0]) == "triton":
             return multi_tensor.norm([leaf.contiguous() for leaf in leaves])
         return torch.stack([leaf.float().square().sum() for leaf in leaves]).sum().sqrt()
