@@ -44,7 +44,8 @@ from ..tree import ABSENT
 from .language import cast
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+LN2_HIGH = tl.constexpr(0.693359375)  # ln 2 in two parts; an integer up to 2^15 times the first is exact
+LN2_LOW = tl.constexpr(-2.12194440e-4)
 LOWEST = tl.constexpr(-2e38)  # a finite stand-in for −inf, because −inf − (−inf) is NaN
 
 # A row is walked in tiles of lanes × 16 bytes, one 16-byte load per lane. Up to 8 warps leave several rows in
@@ -73,12 +74,12 @@ def _capped(x, CAP: tl.constexpr):
 @triton.jit
 def _exp(x, PRECISE: tl.constexpr):
     """e^x for x <= 0. ``exp2(x · log₂e)`` errs by |x| ulp; PRECISE reduces the argument first, with Cody and
-    Waite's two parts of ln 2 (the first times an integer is exact). For fp32 logits; 16-bit ones are coarser.
+    Waite's two parts of ln 2. For fp32 logits; 16-bit ones are coarser.
     """
     if PRECISE:
         x = tl.where(x < -150.0, -150.0, x)  # e^-150 is 0; −inf would make −inf + inf below
         i = tl.floor(x * LOG2E + 0.5)
-        return tl.exp2(((x - i * 0.693359375) + i * 2.12194440e-4) * LOG2E) * tl.exp2(i)
+        return tl.exp2(((x - i * LN2_HIGH) - i * LN2_LOW) * LOG2E) * tl.exp2(i)
     else:
         return tl.exp2(x * LOG2E)
 
@@ -88,10 +89,15 @@ def _log1p(x):
     """ln(1 + x) for 0 <= x <= 1, to fp32 accuracy: 2·atanh(t) by its series, t = x / (2 + x) <= 1/3."""
     t = x / (2.0 + x)
     w = t * t
-    series = 1.0 + w * (
-        1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9 + w * (1 / 11 + w * (1 / 13 + w * (1 / 15))))))
-    )
+    series = 1.0 + w * (1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9 + w * (1 / 11 + w * (1 / 13 + w * (1 / 15)))))))
     return 2.0 * t * series
+
+
+@triton.jit
+def _log(x):
+    """ln x for x > 0, to fp32 accuracy."""
+    k = tl.floor(tl.log2(x))
+    return k * LN2_HIGH + (_log1p(x * tl.exp2(-k) - 1.0) + k * LN2_LOW)
 
 
 @triton.jit
@@ -148,18 +154,12 @@ def _statistics(
     full = end // (LANES * VEC)
     first = 0
     if not ALIGNED:
-        m_L, s_L, d_L = _fold(
-            m_L, s_L, d_L, base_ptr, 0, begin, end, at, z_y, True, CAP, SMOOTHING, LANES, VEC
-        )
+        m_L, s_L, d_L = _fold(m_L, s_L, d_L, base_ptr, 0, begin, end, at, z_y, True, CAP, SMOOTHING, LANES, VEC)
         first = 1
     for tile in range(first, full):
-        m_L, s_L, d_L = _fold(
-            m_L, s_L, d_L, base_ptr, tile, begin, end, at, z_y, False, CAP, SMOOTHING, LANES, VEC
-        )
+        m_L, s_L, d_L = _fold(m_L, s_L, d_L, base_ptr, tile, begin, end, at, z_y, False, CAP, SMOOTHING, LANES, VEC)
     if (full >= first) & (end % (LANES * VEC) != 0):
-        m_L, s_L, d_L = _fold(
-            m_L, s_L, d_L, base_ptr, full, begin, end, at, z_y, True, CAP, SMOOTHING, LANES, VEC
-        )
+        m_L, s_L, d_L = _fold(m_L, s_L, d_L, base_ptr, full, begin, end, at, z_y, True, CAP, SMOOTHING, LANES, VEC)
     m_o = tl.max(m_L, axis=0)
     m = tl.maximum(m_o, z_y)
     s_o = tl.sum(s_L * _exp(m_L - m_o, PRECISE), axis=0) * _exp(m_o - m, PRECISE)
@@ -170,7 +170,7 @@ def _statistics(
 def _row_loss(m, s_o, d, z_y, V, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr):
     """The loss of a row from its statistics."""
     e_y = _exp(z_y - m, True)
-    log_s = tl.log2(s_o + e_y) * LN2
+    log_s = _log(s_o + e_y)
     likely = e_y >= s_o
     loss = tl.where(likely, _log1p(s_o / tl.where(likely, e_y, 1.0)), (m - z_y) + log_s)
     if SMOOTHING != 0.0:
@@ -214,41 +214,35 @@ def _gradient(
     s = s_o + e_y
     scale = tl.div_rn(g, s)
     shift = 0.0
-    at_target = -tl.div_rn(s_o, s)
+    # p_y − (1 − ε) − ε/V, from the smaller one of p_y and 1 − p_y: no digits cancel unless the gradient itself vanishes
+    p_y = tl.div_rn(e_y, s)
+    at_target = tl.where(e_y >= s_o, SMOOTHING - tl.div_rn(s_o, s), p_y - (1.0 - SMOOTHING))
     if Z_LOSS != 0.0:
-        pull = 2.0 * Z_LOSS * (m + tl.log2(s) * LN2)
+        pull = 2.0 * Z_LOSS * (m + _log(s))
         scale = scale * (1.0 + pull)
-        at_target += pull * tl.div_rn(e_y, s)
+        at_target += pull * p_y
     if SMOOTHING != 0.0:
         shift = g * (SMOOTHING / V)
-        at_target += SMOOTHING - SMOOTHING / V
+        at_target -= SMOOTHING / V
     at_target = g * at_target
     end = begin + V
     at = begin + target
     full = end // (LANES * VEC)
     first = 0
     if not ALIGNED:
-        _gradient_tile(
-            base_ptr, out_ptr, 0, begin, end, at, m, scale, shift, at_target, True, CAP, LANES, VEC
-        )
+        _gradient_tile(base_ptr, out_ptr, 0, begin, end, at, m, scale, shift, at_target, True, CAP, LANES, VEC)
         first = 1
     for tile in range(first, full):
-        _gradient_tile(
-            base_ptr, out_ptr, tile, begin, end, at, m, scale, shift, at_target, False, CAP, LANES, VEC
-        )
+        _gradient_tile(base_ptr, out_ptr, tile, begin, end, at, m, scale, shift, at_target, False, CAP, LANES, VEC)
     if (full >= first) & (end % (LANES * VEC) != 0):
-        _gradient_tile(
-            base_ptr, out_ptr, full, begin, end, at, m, scale, shift, at_target, True, CAP, LANES, VEC
-        )
+        _gradient_tile(base_ptr, out_ptr, full, begin, end, at, m, scale, shift, at_target, True, CAP, LANES, VEC)
 
 
 @triton.jit
 def _fill(row_ptr, V, value, BLOCK: tl.constexpr):
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        tl.store(
-            row_ptr + at, cast(tl.full([BLOCK], value, tl.float32), row_ptr.dtype.element_ty), mask=at < V
-        )
+        tl.store(row_ptr + at, cast(tl.full([BLOCK], value, tl.float32), row_ptr.dtype.element_ty), mask=at < V)
 
 
 @triton.jit

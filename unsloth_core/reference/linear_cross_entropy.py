@@ -36,7 +36,7 @@ def linear_cross_entropy(
     x, targets = x_ND, targets_M
     if rows_M is not ABSENT:
         rows = rows_M.long()
-        x = x_ND.index_select(0, rows.clamp(0, N - 1))
+        x = torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, rows.clamp(0, N))  # row N: padding
         targets = torch.where(rows == N, ignore_index, targets)
         # A row that does not exist has no valid target.
         targets = torch.where((rows < 0) | (rows > N), V, targets)

@@ -1,0 +1,221 @@
+"""cross_entropy: the op rule, confident targets, rows that are not 16-byte aligned, ignored and impossible targets."""
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from oprule import DEVICE, DTYPES, assert_op_rule, check_op, rand, strided
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from unsloth_core import backend
+from unsloth_core.ops.cross_entropy import cost, cross_entropy
+from unsloth_core.tree import ABSENT
+
+module = importlib.import_module("unsloth_core.ops.cross_entropy")  # the package exports the op under this name
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "label_smoothing": st.sampled_from([0.1, 1.0]),
+        "z_loss": st.sampled_from([0.01, 0.5]),
+        "softcap": st.sampled_from([3.0, 30.0]),
+        "ignore_index": st.sampled_from([-1, 0]),
+    },
+)
+
+
+def targets_for(N: int, V: int, seed: int, ignore_index: int = -100, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(0, V, (N,), generator=generator)
+    targets[torch.rand(N, generator=generator) < 0.25] = ignore_index
+    return targets.to(dtype).to(DEVICE)
+
+
+@given(
+    N=st.sampled_from([1, 3, 5]),
+    V=st.sampled_from([2, 16, 97, 240, 1009, 2300]),
+    dtype=st.sampled_from(DTYPES),
+    options=OPTIONS,
+    spread=st.sampled_from([0.1, 1.0, 8.0]),
+    apart=st.booleans(),
+    index=st.sampled_from([torch.int64, torch.int32]),
+    seed=st.integers(0, 99),
+)
+def test_op_rule(N, V, dtype, options, spread, apart, index, seed):
+    logits = rand((N, V), dtype, seed=seed, scale=spread)
+    targets = targets_for(N, V, seed, options.get("ignore_index", -100), index)
+    check_op(cross_entropy, (strided(logits) if apart else logits, targets), options, seed=seed)
+
+
+@pytest.mark.parametrize(("N", "V"), [(0, 5), (1, 1)])
+def test_smallest(N, V):
+    check_op(cross_entropy, (rand((N, V), seed=1), targets_for(N, V, 1)), {"z_loss": 0.1})
+
+
+@pytest.mark.parametrize("lanes", [32, 64])
+@pytest.mark.parametrize("V", [128, 129, 1024, 1031])
+def test_rows_of_many_tiles(V, lanes, monkeypatch):
+    """Whole tiles only, a ragged last one, and rows that start at every distance from a 16-byte boundary."""
+    monkeypatch.setattr(module, "ONE_PASS_LANES", lanes)
+    check_op(cross_entropy, (rand((4, V), seed=V, scale=3), targets_for(4, V, 1)), {"label_smoothing": 0.1})
+
+
+def test_confident_targets():
+    """p_y − 1 and the loss keep full relative accuracy at any margin; PyTorch's fp32 loses all of it by margin 20."""
+    margins = torch.arange(31.0)
+    logits = rand((31, 500), seed=3).cpu()
+    targets = torch.arange(31) * 16
+    logits[torch.arange(31), targets] = logits.max(dim=1).values + margins
+    z = logits.double()
+    others = (z - z.gather(1, targets[:, None])).exp().scatter(1, targets[:, None], 0.0).sum(dim=1)
+    x = logits.to(DEVICE).requires_grad_()
+    with backend.using("triton"):
+        losses = cross_entropy(x, targets.to(DEVICE))
+        (grad,) = torch.autograd.grad(losses.sum(), x)
+    at_target = grad.cpu().gather(1, targets[:, None])[:, 0].double()
+    torch.testing.assert_close(losses.detach().cpu().double(), others.log1p(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(at_target, -others / (1 + others), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_pytorch(dtype):
+    logits, targets = rand((6, 300), dtype, seed=5, scale=4), targets_for(6, 300, 5)
+    want = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=0.2)
+    truth = F.cross_entropy(logits.double(), targets, reduction="none", label_smoothing=0.2)
+    with backend.using("triton"):
+        assert_op_rule(cross_entropy(logits, targets, label_smoothing=0.2), want, truth, "losses")
+
+
+def test_large_offset():
+    """Only differences of logits matter: nothing is lost where all of them are near 1e4."""
+    logits, targets = 1e4 + rand((4, 90), seed=1).round(decimals=2), targets_for(4, 90, 2)
+    check_op(cross_entropy, (logits, targets), {"label_smoothing": 0.3})
+
+
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_ignored_and_impossible_targets(name):
+    """Ignored: 0 and no gradient, even beside NaN. Outside [0, V): NaN and a NaN gradient, and nobody else's."""
+    logits = rand((6, 70), torch.bfloat16, seed=1)
+    targets = torch.tensor([3, -100, 70, -1, 2**31 - 1, 69], device=DEVICE)
+    with backend.using(name):
+        x = logits.clone().requires_grad_()
+        losses = cross_entropy(x, targets, z_loss=0.1)
+        (grad,) = torch.autograd.grad(losses, x, torch.ones_like(losses))
+    assert losses.isnan().tolist() == [False, False, True, True, True, False]
+    assert grad.isnan().all(dim=1).tolist() == grad.isnan().any(dim=1).tolist() == losses.isnan().tolist()
+    assert losses[1] == 0 and not grad[1].any()
+
+
+def test_all_ignored():
+    logits, targets = torch.full((3, 40), torch.nan, device=DEVICE), torch.full((3,), -100, device=DEVICE)
+    with backend.using("triton"):
+        x = logits.requires_grad_()
+        losses = cross_entropy(x, targets)
+        (grad,) = torch.autograd.grad(losses.sum(), x)
+    assert not losses.any() and not grad.any()
+
+
+def test_masked_vocabulary():
+    """−∞ logits are classes that cannot be: the rest is what it would be without them."""
+    logits, targets = rand((3, 600), seed=1), torch.tensor([5, 90, 299], device=DEVICE)
+    masked = logits.clone()
+    masked[:, 300:] = -torch.inf
+    masked[0, 4] = -torch.inf
+    keep = masked[0] > -torch.inf
+    with backend.using("triton"):
+        x = masked.requires_grad_()
+        losses = cross_entropy(x, targets)
+        (grad,) = torch.autograd.grad(losses.sum(), x)
+    torch.testing.assert_close(losses[0], F.cross_entropy(logits[0, keep], torch.tensor(4, device=DEVICE)))
+    torch.testing.assert_close(losses[1:], F.cross_entropy(logits[1:, :300], targets[1:], reduction="none"))
+    assert grad.isfinite().all() and not grad[:, 300:].any()
+
+
+def test_softcap_saturates():
+    """Far beyond the cap tanh is flat: gradients vanish like e^(−2u), they are not rounded to zero or NaN early."""
+    logits = torch.tensor([[40.0, 0.0, -40.0, 1e4]], device=DEVICE)
+    check_op(cross_entropy, (logits, torch.tensor([1], device=DEVICE)), {"softcap": 5.0})
+
+
+def test_zero_stride_cotangent_and_no_work_without_gradient():
+    logits, targets = rand((3, 33), seed=1), targets_for(3, 33, 1)
+    losses, residuals = cross_entropy.fwd(logits, targets, needs=(False, False))
+    assert residuals is ABSENT
+    losses, residuals = cross_entropy.fwd(logits, targets, needs=(True, False))
+    one = torch.ones(1, device=DEVICE)
+    a, _ = cross_entropy.bwd(residuals, one.expand(3), needs=(True, False))
+    b, _ = cross_entropy.bwd(residuals, one.repeat(3), needs=(True, False))
+    assert torch.equal(a, b)
+    assert sum(r.nbytes for r in residuals[2:]) == 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        (
+            (torch.zeros(3), torch.zeros(3).long()),
+            {},
+            "cross_entropy: logits has shape (3,), expected (N, V) with V > 0",
+        ),
+        (
+            (torch.zeros(3, 0), torch.zeros(3).long()),
+            {},
+            "cross_entropy: logits has shape (3, 0), expected (N, V) with V > 0",
+        ),
+        (
+            (torch.zeros(3, 4), torch.zeros(1).long()),
+            {},
+            "cross_entropy: targets has shape (1,), expected (N,) = (3,)",
+        ),
+        (
+            (torch.zeros(3, 4), torch.zeros(3)),
+            {},
+            "cross_entropy: targets has dtype torch.float32, expected torch.int64 or torch.int32",
+        ),
+        (
+            (torch.zeros(3, 4).double(), torch.zeros(3).long()),
+            {},
+            "cross_entropy: logits has dtype torch.float64, expected float16, bfloat16 or float32",
+        ),
+        (
+            (torch.zeros(4, 3).t(), torch.zeros(3).long()),
+            {},
+            "cross_entropy: logits has strides (1, 3), expected a last stride of 1",
+        ),
+        (
+            (torch.zeros(3, 4), torch.zeros(3).long()),
+            {"label_smoothing": 1.5},
+            "cross_entropy: label_smoothing is 1.5, expected 0 to 1",
+        ),
+        (
+            (torch.zeros(3, 4), torch.zeros(3).long()),
+            {"z_loss": -1.0},
+            "cross_entropy: z_loss is -1.0, expected 0 or more",
+        ),
+        (
+            (torch.zeros(3, 4), torch.zeros(3).long()),
+            {"softcap": 0.0},
+            "cross_entropy: softcap is 0.0, expected a positive number or None",
+        ),
+    ],
+)
+def test_bad_input(args, options, message):
+    with backend.using("triton"), pytest.raises(ValueError) as error:
+        cross_entropy(*[a.to(DEVICE) for a in args], **options)
+    assert str(error.value) == message
+
+
+def test_reference_under_fake_tensors():
+    with FakeTensorMode(), backend.using("reference"):
+        x = torch.empty(5, 11, requires_grad=True)
+        losses = cross_entropy(x, torch.empty(5, dtype=torch.int64), label_smoothing=0.1, z_loss=0.1, softcap=2.0)
+        losses.sum().backward()
+        assert x.grad.shape == (5, 11)
+
+
+def test_cost():
+    assert cost(10, 100, 2).bytes == 2000 + 160
+    assert cost(10, 100, 2, backward=True).bytes == 4000 + 160
