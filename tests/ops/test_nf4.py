@@ -1,5 +1,6 @@
 """NF4: bit-exact in both directions, judged by an oracle that searches the nearest entry in float64."""
 
+import dataclasses
 import math
 
 import hypothesis.strategies as st
@@ -92,7 +93,7 @@ def test_values_checked_by_hand():
     t = torch.zeros(1, 64, device=DEVICE)
     t[0, :6] = torch.tensor([-2.0, 2.0, 0.0, 1.0, -0.1, 0.07958029955625534])
     w = nf4.quantize(t, double_quant=False)
-    # over absmax 2: -1, 1, 0, 0.5 (between 0.4407 and 0.5626, midpoint 0.5017), -0.05 (midpoint -0.0455), 0.0398 (0.0398)
+    # over absmax 2: -1, 1, 0, 0.5 (midpoint of entries 12 and 13: 0.5017), -0.05 (midpoint -0.0455), 0.0398 (0.0398)
     assert w.codes[:3].tolist() == [0x0F, 0x7C, 0x67] and w.absmax.tolist() == [2.0]
     # A midpoint takes the lower entry: the last value above is half of entry 8, exactly between entries 7 and 8.
     assert nf4.dequantize(w)[0, :6].tolist() == pytest.approx([-2.0, 2.0, 0.0, 0.8814197, -0.1821001, 0.0])
@@ -141,13 +142,14 @@ W = nf4.quantize(rand((4, 64), seed=1))
 
 
 def broken(**fields) -> NF4:
-    given = dict(codes=W.codes, absmax=W.absmax, nested=W.nested, shape=W.shape, dtype=W.dtype) | fields
-    return NF4(**given)
+    return dataclasses.replace(W, **fields)
 
 
 BAD = {
     "codes is torch.uint8 (127,), expected contiguous torch.uint8 with 128 elements": broken(codes=W.codes[:127]),
-    "codes is torch.int8 (128,), expected contiguous torch.uint8 with 128 elements": broken(codes=W.codes.view(torch.int8)),
+    "codes is torch.int8 (128,), expected contiguous torch.uint8 with 128 elements": broken(
+        codes=W.codes.view(torch.int8)
+    ),
     "absmax is torch.uint8 (4,), expected contiguous torch.float32 with 4 elements": broken(nested=ABSENT),
     "absmax is torch.uint8 (3,), expected contiguous torch.uint8 with 4 elements": broken(absmax=W.absmax[:3]),
 }

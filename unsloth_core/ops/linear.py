@@ -1,26 +1,26 @@
 """Products with every weight node: dense, NF4, stacked, LoRA-adapted.
 
-    y = x W^T + bias + add + u v^T            u = x a^T          v: scale_i B_i on the rows and ranks of part i, else 0
-    dx = dy W + t a                           t = dy v           a: the adapters' A_i below each other
-    dW = dy^T x      dbias = sum_N dy         dadd = dy
-    dA = t^T x       dB_i = scale_i dy_i^T u_i                                                                       [letters below]
+    y = x W^T + bias + add + u v^T        u = x a^T        a: the adapters' A_i below each other
+    dx = dy W + t a                       t = dy v         v: scale_i B_i on the rows and ranks of part i, else 0
+    dW = dy^T x      dA = t^T x           dB_i = scale_i dy_i^T u_i      dbias = sum_N dy      dadd = dy
 
-x (..., C), W (M, C), bias (M,), add and y (..., M), a (R, C), v (M, R), u and t (N, R), where R is the sum of the ranks. ``v`` is
-block-diagonal, so adapters on some parts of a stacked projection, with different ranks, are one more R-wide step on the
-accumulator of one base product; bias and add join in the same epilogue. Several adapters cost one skinny product forward (u), two
-more backward (t, dA), and one per part (dB).
+x (..., C), W (M, C), bias (M,), add and y (..., M), a (R, C), v (M, R), u and t (N, R); R is the sum of the ranks.
+``v`` is block-diagonal, so adapters on some parts of a stacked projection, with different ranks, are one more R-wide
+step on the accumulator of one base product; bias and add join in the same epilogue. All adapters together cost one
+skinny product forward (u) and two backward (t, dA), and one per part (dB).
 
-Residuals: x if a dense weight or an adapter needs its gradient, and the weight node itself; both are arguments, 0 new bytes.
-u, a and v are rebuilt in backward (2·N·C·R of 2·N·C·M FLOPs).
-Dtypes: fp16, bf16 or fp32; fp32 accumulation (fp32 operands are multiplied exactly, no tf32); y has x's dtype. Dense weights and
-bias have x's dtype; NF4 decodes to its own dtype and is cast to x's; adapters (fp32 leaves) are cast. Gradients of adapters
-leave the accumulator in the leaf's dtype, dW in W's.
-Bytes, plain: x, W, y once (add read once). Unfused LoRA reads and writes y once more per adapter, 4 B an element.
+Residuals: x if a dense weight or an adapter needs its gradient, and the weight node itself: arguments, 0 new bytes.
+u, a and v are rebuilt in backward (2·N·C·R FLOPs against the 2·N·C·M of the product).
+Dtypes: fp16, bf16, fp32. Sums are fp32 (fp32 operands are multiplied exactly, no tf32), y has x's dtype. Dense weights
+and bias have x's dtype; NF4 decodes to its own dtype and is cast to x's; adapters (fp32 leaves) are cast, and their
+gradients leave the accumulator in the leaf's dtype, as dW does in W's.
+Bytes: x, W, y once (add read once). Unfused, each of bias, LoRA and add reads and writes y once more, 4 B an element.
 Transient: an NF4 weight is decoded once per call, M·C elements; a Stacked weight is gathered into one such buffer.
-Limits: x must be viewable as (N, C). An NF4 weight has no gradient.
+Limits: x and add must be viewable as (N, C) and (N, M); a dy that is not is copied. NF4 has no gradient.
 
-Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314); the LoRA step on the accumulator is LoRAFusion's idea (arXiv 2510.00206).
-The tile order that keeps operands in L2 and the persistent loop over tiles are those of Triton's tutorials 03 and 09.
+Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314); the LoRA step on the accumulator is LoRAFusion's idea
+(arXiv 2510.00206). The tile order that keeps operands in L2 and the persistent loop over tiles are those of Triton's
+tutorials 03 and 09.
 """
 
 import math
@@ -43,7 +43,7 @@ from .language import cast, dot
 
 @triton.jit
 def _tile(t, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Tile ``t`` of the output, walking GROUP tiles down before the next column so that both operands stay in L2."""
+    """Tile ``t`` of the output, GROUP tiles down before the next column, so that both operands stay in L2."""
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(cols, BLOCK_N)
     group = t // (GROUP * tiles_n)
@@ -56,7 +56,7 @@ def _tile(t, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl
 def _accumulate(
     acc, a, b, m, n, rows, cols, low, high, a_m, a_k, b_k, b_n, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr
 ):  # fmt: skip
-    """``acc + a[m, low:high] @ b[low:high, n]``, operands of any strides; ``m``, ``n`` are int64 index vectors."""
+    """``acc + a[m, low:high] @ b[low:high, n]``, operands of any strides; ``m``, ``n``: int64 index vectors."""
     k = low + tl.arange(0, BLOCK_K)
     a_tile = a + m[:, None] * a_m + k.to(tl.int64)[None, :] * a_k
     b_tile = b + k.to(tl.int64)[:, None] * b_k + n[None, :] * b_n
@@ -78,7 +78,7 @@ def _accumulate(
 
 
 @triton.jit
-def _epilogue(acc, out, bias, add, alpha, m, n, rows, cols, add_m, add_n, bias_n):
+def _finish(acc, out, bias, add, alpha, m, n, rows, cols, add_m, add_n, bias_n):
     """``out[m, n] = alpha * acc + bias[n] + add[m, n]``; out is row-major."""
     inside = (m < rows)[:, None] & (n < cols)[None, :]
     acc = acc * alpha
@@ -89,6 +89,23 @@ def _epilogue(acc, out, bias, add, alpha, m, n, rows, cols, add_m, add_n, bias_n
     tl.store(out + m[:, None] * cols + n[None, :], cast(acc, out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _epilogue(
+    acc, out, bias, add, alpha, at_m, at_n, rows, cols, add_m, add_n, bias_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Finish the tile at (at_m, at_n). 256 columns go in halves: addends for all would not fit beside the sum."""
+    m = at_m + tl.arange(0, BLOCK_M)
+    if BLOCK_N < 256:
+        n = at_n + tl.arange(0, BLOCK_N)
+        _finish(acc, out, bias, add, alpha, m, n, rows, cols, add_m, add_n, bias_n)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        n = at_n + tl.arange(0, BLOCK_N // 2)
+        _finish(left, out, bias, add, alpha, m, n, rows, cols, add_m, add_n, bias_n)
+        _finish(right, out, bias, add, alpha, m, n + BLOCK_N // 2, rows, cols, add_m, add_n, bias_n)
+
+
 @triton.jit(do_not_specialize=["alpha"])
 def _product_kernel(
     a, b, c, d, out, bias, add, alpha,
@@ -97,12 +114,14 @@ def _product_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """out = alpha (a b + c d) + bias + add. Split s of the grid's second axis takes ``chunk`` of the inner dimension into
-    partial sum s, and then there is no epilogue."""
+    """out = alpha (a b + c d) + bias + add. Split s of the grid's second axis sums its ``chunk`` of the inner dimension
+    into partial result s, and then there is nothing to add."""
     pm, pn = _tile(tl.program_id(0), rows, cols, BLOCK_M, BLOCK_N, GROUP)
     split = tl.program_id(1)
-    m = pm.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = pn.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at_m = pm.to(tl.int64) * BLOCK_M
+    at_n = pn.to(tl.int64) * BLOCK_N
+    m = at_m + tl.arange(0, BLOCK_M)
+    n = at_n + tl.arange(0, BLOCK_N)
     low = split * chunk
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = _accumulate(
@@ -111,7 +130,9 @@ def _product_kernel(
     if c is not None:
         acc = _accumulate(acc, c, d, m, n, rows, cols, 0, rank, c_m, c_k, d_k, d_n, BLOCK_R, False)
     partial = split.to(tl.int64) * rows * cols
-    _epilogue(acc, out + partial, bias, add, alpha, m, n, rows, cols, add_m, add_n, bias_n)
+    _epilogue(
+        acc, out + partial, bias, add, alpha, at_m, at_n, rows, cols, add_m, add_n, bias_n, BLOCK_M, BLOCK_N
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["alpha"])
@@ -123,9 +144,9 @@ def _descriptor_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """The same for 16-byte aligned operands on Hopper: tiles come through the TMA unit, which also zeroes what lies outside,
-    and one program per multiprocessor walks the tiles, loading the next while it stores the last. An operand marked _T is
-    stored the other way around. The second product is one step: rank <= BLOCK_R."""
+    """The same for 16-byte aligned operands on Hopper: tiles come through the TMA unit, which also zeroes what lies
+    outside, and one program per multiprocessor walks the tiles, loading the next while it stores the last. An operand
+    marked _T is stored the other way around. The second product is one step: rank <= BLOCK_R."""
     if A_T:
         a_tiles = tl.make_tensor_descriptor(a, [inner, rows], [a_stride, 1], [BLOCK_K, BLOCK_M])
     else:
@@ -160,9 +181,10 @@ def _descriptor_kernel(
                 acc = dot(c_tiles.load([at_m, 0]), d_tiles.load([at_n, 0]).T, acc)
             else:
                 acc = dot(c_tiles.load([at_m, 0]), d_tiles.load([0, at_n]), acc)
-        m = at_m.to(tl.int64) + tl.arange(0, BLOCK_M)
-        n = at_n.to(tl.int64) + tl.arange(0, BLOCK_N)
-        _epilogue(acc, out, bias, add, alpha, m, n, rows, cols, add_m, add_n, bias_n)
+        _epilogue(
+            acc, out, bias, add, alpha, at_m.to(tl.int64), at_n.to(tl.int64), rows, cols,
+            add_m, add_n, bias_n, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -187,8 +209,8 @@ class Config(NamedTuple):
     stages: int
 
 
-# By shape class. 128 x 256 x 64 is the best of the tiles measured on an H100 80GB HBM3 with Triton 3.6.0 (7B shapes, descriptors:
-# 0.92 to 1.06 x cuBLAS); the others are chosen for occupancy and checked for spills, not measured.
+# By shape class. 128 x 256 x 64 is the best of the tiles measured in a sketch on an H100 80GB HBM3 with Triton 3.6.0
+# (7B shapes, descriptors: 0.92 to 1.06 x cuBLAS); the others are chosen for occupancy and checked for spills only.
 CONFIGS = {
     "large": Config(128, 256, 64, 8, 3),
     "medium": Config(128, 128, 64, 8, 3),
@@ -196,7 +218,7 @@ CONFIGS = {
     "narrow": Config(64, 16, 128, 4, 3),  # few columns: u, t, dB
     "narrow 32": Config(64, 32, 128, 4, 3),
     "narrow 64": Config(64, 64, 128, 4, 3),
-    "flat": Config(16, 128, 64, 4, 3),  # few rows: dA, dbias, decoding
+    "flat": Config(16, 128, 128, 4, 3),  # few rows: dA, dbias, decoding
     "flat 32": Config(32, 128, 64, 4, 3),
     "flat 64": Config(64, 128, 64, 4, 3),
     "fp32": Config(64, 64, 16, 4, 2),
@@ -228,10 +250,11 @@ def configuration(rows: int, cols: int, dtype: torch.dtype, where: torch.device)
 def choose(
     rows: int, cols: int, dtype: torch.dtype, where: torch.device, *, update: bool, gradient: bool
 ) -> str:  # fmt: skip
-    """Which product to call: "descriptors" or "pointers" (Triton), or "cublas" (``torch.mm``, plain PyTorch on a CPU).
+    """Which product to call: "descriptors" or "pointers" (Triton), or "cublas" (``torch.mm``; any BLAS on a CPU).
 
-    ``update``: a second product shares the accumulator. ``gradient``: a weight gradient, summed over tokens; cuBLAS may reduce
-    its partial sums in 16 bit, so these are Triton's wherever Triton has tensor cores. cuBLAS keeps the plain large products.
+    ``update``: a second product shares the accumulator. ``gradient``: a weight gradient, summed over tokens; cuBLAS may
+    reduce its partial sums in 16 bit, so these are Triton's wherever Triton has tensor cores. Plain large products are
+    cuBLAS's. The one place where this is decided.
     """
     if device.interpreting():
         return "pointers"
@@ -260,9 +283,10 @@ def product(
 ) -> Tensor:
     """``alpha (a b + c d) + bias + add`` with fp32 accumulation, in ``out_dtype`` (default: a's); contiguous.
 
-    ``a`` (rows, inner) and ``b`` (inner, cols) have any strides, so a transposed operand is a transposed view; ``update`` is the
-    pair c (rows, rank), d (rank, cols); ``bias`` (cols,); ``add`` (rows, cols). ``path`` and ``config`` override
-    :func:`choose` and :func:`configuration`; "descriptors" falls back to "pointers" for operands that TMA cannot address.
+    ``a`` (rows, inner) and ``b`` (inner, cols) have any strides, so a transposed operand is a transposed view;
+    ``update`` is the pair c (rows, rank), d (rank, cols); ``bias`` (cols,); ``add`` (rows, cols). ``path`` and
+    ``config`` override :func:`choose` and :func:`configuration`. "descriptors" means "pointers" for operands that TMA
+    cannot address (unaligned, or strided both ways).
     """
     (rows, inner), cols, where = a.shape, b.shape[1], a.device
     out_dtype = out_dtype or a.dtype
@@ -284,6 +308,7 @@ def product(
         "GROUP": _GROUP,
         "num_warps": config.warps,
         "num_stages": config.stages,
+        "enable_fp_fusion": True,
     }
 
     layouts = [_layout(t) for t in (a, b, c, d) if t is not None] if path == "descriptors" else [None]
@@ -304,7 +329,7 @@ def product(
         )
         return out
 
-    # Few tiles and a long sum: share the sum between programs, up to one per multiprocessor. Nothing but the sum can be shared.
+    # Few tiles and a long sum: share the sum between programs, up to one per multiprocessor.
     splits = 1
     if update is ABSENT and epilogue[:2] == (None, None):
         splits = max(1, min(device.sms(where) // max(tiles, 1), inner // (2 * config.k)))
@@ -315,14 +340,14 @@ def product(
         _product_kernel,
         (tiles, splits),
         *(a, b, c, d, target, *epilogue, rows, cols, inner, rank, chunk),
-        *(*a.stride(), *b.stride(), *((0, 0, 0, 0) if c is None else (*c.stride(), *d.stride()))),
+        *(*a.stride(), *b.stride(), *(s for t in (c, d) for s in ((0, 0) if t is None else t.stride()))),
         *epilogue_strides,
         EVEN_K=inner % config.k == 0,
         **options,
     )
     if splits > 1:
         grid = (triton.cdiv(rows * cols, 1024),)
-        device.launch(_sum_kernel, grid, target, out, rows * cols, splits, BLOCK=1024)
+        device.launch(_sum_kernel, grid, target, out, rows * cols, splits, BLOCK=1024, enable_fp_fusion=True)
     return out
 
 
@@ -356,8 +381,9 @@ def linear_fwd(
 ) -> tuple[Tensor, tuple[Any, Weight]]:
     """``y_NM = x W^T (+ bias_M) (+ LoRA) (+ add_NM)`` for a weight ``Tensor (M, C) | NF4 | Stacked | Adapted``.
 
-    ``x`` (..., C) and ``add`` (..., M) in any strides that a (N, C) or (N, M) view covers. Differentiable in everything but NF4.
-    Raises ValueError for shapes, dtypes or devices that do not fit, NotImplementedError for other dtypes than fp16, bf16, fp32.
+    ``x`` (..., C) and ``add`` (..., M) in any strides that a (N, C) or (N, M) view covers. Differentiable in everything
+    but NF4. Raises ValueError for shapes, dtypes or devices that do not fit, NotImplementedError for an x that is not
+    fp16, bf16 or fp32.
     """
     m, c = _check(x_NC, w, bias, add)
     x, y_shape = _matrix(x_NC, "x"), (*x_NC.shape[:-1], m)
@@ -378,7 +404,7 @@ def linear_bwd(residuals: tuple[Any, Weight], dy_NM: Tensor, *, needs: Any) -> t
     base, parts, rows = _open(w)
     needs_base, needs_parts, _ = _open(needs_w)
     m, c = shape(w)
-    dy = dy_NM.reshape(-1, m)
+    dy = dy_NM.reshape(math.prod(dy_NM.shape[:-1]), m)
     x = x_NC if x_NC is ABSENT else _matrix(x_NC, "x")
 
     dx = update = ABSENT
@@ -413,7 +439,7 @@ linear = custom_vjp(linear_fwd, linear_bwd)
 
 
 def cost(rows: int, w: Weight, *, itemsize: int = 2, bias: bool = False, add: bool = False) -> Cost:
-    """Forward of ``rows`` tokens: x, w and y once (bias and add too); 2·N·M·C FLOPs and 2·N·r·(C + M_i) per adapter."""
+    """Forward of ``rows`` tokens: x, w, y, bias, add once; 2·N·M·C FLOPs and 2·N·r·(C + M_i) per adapter."""
     m, c = shape(w)
     elements = rows * (c + m * (2 if add else 1)) + (m if bias else 0)
     flops = 2 * rows * m * c
@@ -455,9 +481,9 @@ def _placed(w: Adapted) -> Iterator[tuple[int, LoRA, slice, slice]]:
         row += rows
 
 
-def _adapters(w: Adapted, like: Tensor) -> tuple[Tensor, Tensor]:
-    """``a_RC`` and block-diagonal ``v_MR`` (scale included) in like's dtype; R is padded with zeros to a multiple of 16, so that
-    any ranks make aligned operands."""
+def _adapters(w: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """``a_RC`` and block-diagonal ``v_MR`` (scale included) in like's dtype; R is padded with zeros to a multiple of
+    16, so that any ranks make aligned operands."""
     m, c = shape(w)
     placed = list(_placed(w))
     ranks = triton.cdiv(placed[-1][3].stop, 16) * 16
@@ -469,7 +495,7 @@ def _adapters(w: Adapted, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _adapter_gradients(
-    w: Adapted, needs: tuple[Any, ...], x: Tensor, dy: Tensor, a_RC: Tensor, t_NR: Any
+    w: Any, needs: tuple[Any, ...], x: Tensor, dy: Tensor, a_RC: Tensor, t_NR: Any
 ) -> list[Any]:  # fmt: skip
     gradients = [ABSENT for _ in needs]
     some_a = next((part.a for part, need in zip(w.parts, needs, strict=True) if need is not ABSENT and need.a), None)
@@ -490,7 +516,7 @@ def _weight_gradient(w: Any, need: Any, x: Tensor, dy: Tensor) -> Any:
     if not tree.any(need):
         return ABSENT
     if isinstance(w, NF4):
-        raise NotImplementedError("linear: an NF4 weight has no gradient; freeze it, or load it without quantize='nf4'")
+        raise NotImplementedError("linear: an NF4 weight has no gradient; freeze it, or load without quantize='nf4'")
     if isinstance(w, Stacked):
         each = zip(w.parts, need.parts, dy.split([shape(part)[0] for part in w.parts], dim=1), strict=True)
         return Stacked(parts=tuple(_weight_gradient(part, n, x, d) for part, n, d in each))
@@ -505,8 +531,8 @@ def _matrix(t: Tensor, name: str) -> Tensor:
         return t.view(math.prod(t.shape[:-1]), t.shape[-1])
     except RuntimeError:
         raise ValueError(
-            f"linear: {name} has shape {tuple(t.shape)} and strides {t.stride()}, which no (N, {t.shape[-1]}) view covers; "
-            f"pass {name}.contiguous()"
+            f"linear: {name} has shape {tuple(t.shape)} and strides {t.stride()}, "
+            f"which no (N, {t.shape[-1]}) view covers; pass {name}.contiguous()"
         ) from None
 
 

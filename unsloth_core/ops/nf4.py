@@ -1,15 +1,15 @@
 """NF4: dense matrices in 4.127 bits per element, bit-exact with bitsandbytes in both directions.
 
-    w = table[code] * absmax[i // block]                                  absmax: fp32, one per 64 elements of the flat matrix
-    absmax = fp32(code_256[q] * absmax_P[block // 256]) + offset          when nested (double quantisation)
+    w = table[code] * absmax[i // block]                               absmax: fp32, one per 64 elements
+    absmax = fp32(code_256[q] * absmax_P[block // 256]) + offset       when nested (double quantisation)
 
-Data type and double quantisation: QLoRA (arXiv 2305.14314); the 8-bit dynamic map: Dettmers (arXiv 1511.04561); the packing is
-bitsandbytes'. Not differentiable: an NF4 weight is frozen, and ``linear`` multiplies by it and through it.
+Data type and double quantisation: QLoRA (arXiv 2305.14314); the 8-bit dynamic map: Dettmers (arXiv 1511.04561); the
+packing is bitsandbytes'. Not differentiable: an NF4 weight is frozen; ``linear`` multiplies by it, and back through it.
 
-Dequantising reads 0.516 B (nested) or 0.563 B per element and writes one element; everything is fp32 until one rounding to
-``w.dtype``. FP fusion is off: a fused multiply-add in the nested absmax, rounded once where bitsandbytes rounds twice, changes
-the last bit. The kernel reads eight codes as one 32-bit word and looks them up with a gather in a 16-entry table held in
-registers. Quantising happens once, when a model is loaded, in plain PyTorch.
+Dequantising reads 0.516 B (nested) or 0.563 B per element and writes one element; everything is fp32 until one rounding
+to ``w.dtype``. FP fusion is off: a fused multiply-add in the nested absmax, rounded once where bitsandbytes rounds
+twice, changes the last bit. The kernel reads eight codes as one 32-bit word and looks them up with a gather in a
+16-entry table held in registers. Quantising happens once, when a model is loaded, in plain PyTorch.
 Limits: contiguous codes; block sizes that are multiples of 8.
 """
 
@@ -50,11 +50,11 @@ def _dequantize_kernel(
     block = word // (BLOCK // PER_WORD)
     if nested_absmax is not None:
         q = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-        scale = tl.load(nested_code + q) * tl.load(nested_absmax + block // NESTED_BLOCK, mask=inside, other=0.0)
+        scale = tl.load(nested_absmax + block // NESTED_BLOCK, mask=inside, other=0.0) * tl.load(nested_code + q)
         scale += tl.load(nested_offset)
     else:
         scale = tl.load(absmax + block, mask=inside, other=0.0)
-    # The even element of a byte is its high nibble; bytes are little-endian in a word: shifts 4, 0, 12, 8, 20, 16, ...
+    # The even element of a byte is its high nibble; a word's first byte is its lowest: shifts 4, 0, 12, 8, 20, ...
     j = tl.arange(0, PER_WORD)
     nibble = (packed[:, None] >> ((j // 2) * 8 + (1 - j % 2) * 4)[None, :]) & 0xF
     values = tl.gather(tl.load(table + tl.arange(0, 16)), nibble.reshape(WORDS * PER_WORD), 0)
@@ -105,11 +105,12 @@ def dequantize(w: NF4, *, out: Tensor | None = None) -> Tensor:
 
 
 def quantize(t_MC: Tensor, *, double_quant: bool = True, block: int = 64) -> NF4:
-    """The nearest NF4 matrix: absmax of every ``block`` elements, then the table entry nearest to ``x * (1 / absmax)``.
+    """The nearest NF4 matrix: the table entry nearest to ``x * (1 / absmax)``, absmax that of its ``block`` elements.
 
-    ``t_MC``: (M, C) fp16, bf16 or fp32, which is also what the result decodes to. A value on the midpoint of two entries takes
-    the lower one. Same codes as bitsandbytes' portable backend wherever M·C is a multiple of ``block`` (of 256 blocks, if
-    ``double_quant``): its last ragged block divides by absmax, this one multiplies by the reciprocal, as CUDA's does.
+    ``t_MC``: (M, C) fp16, bf16 or fp32, which is also what the result decodes to. A value on the midpoint of two
+    entries takes the lower one. Same codes as bitsandbytes' portable backend wherever M·C is a multiple of ``block`` (of
+    256 blocks, if ``double_quant``): that divides by absmax in its last ragged block, this multiplies by the reciprocal, as
+    bitsandbytes' CUDA backend does.
     Raises ValueError for another shape, dtype or block size.
     """
     if t_MC.ndim != 2:
@@ -129,13 +130,11 @@ def quantize(t_MC: Tensor, *, double_quant: bool = True, block: int = 64) -> NF4
         code_256 = dynamic_map(t_MC.device)
         absmax, nested_absmax = _nearest(absmax - offset, code_256, NESTED_BLOCK)
         nested = Nested(absmax_P=nested_absmax, code_256=code_256, offset=offset)
-    return NF4(
-        codes=codes, absmax=absmax, nested=nested, shape=tuple(t_MC.shape), dtype=t_MC.dtype, block=block
-    )
+    return NF4(codes=codes, absmax=absmax, nested=nested, shape=tuple(t_MC.shape), dtype=t_MC.dtype, block=block)
 
 
 def dynamic_map(where: torch.device | str = "cpu") -> Tensor:
-    """The signed 8-bit dynamic map, (256,) fp32 ascending: seven decades, each with twice the points of the one below it."""
+    """The signed 8-bit dynamic map, (256,) fp32 ascending: seven decades, each with twice the points of the last."""
     positive = []
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
@@ -146,7 +145,7 @@ def dynamic_map(where: torch.device | str = "cpu") -> Tensor:
 
 
 def cost(w: NF4) -> Cost:
-    """Dequantising ``w``: codes and absmax read once, the dense matrix written once; one product per element."""
+    """Dequantising ``w``: codes and absmax read once, the dense matrix written once; one FLOP per element."""
     elements = math.prod(w.shape)
     blocks = -(-elements // w.block)
     statistics = 4 * blocks if w.nested is ABSENT else blocks + 4 * -(-blocks // NESTED_BLOCK)
@@ -154,7 +153,7 @@ def cost(w: NF4) -> Cost:
 
 
 def _nearest(x: Tensor, code: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """uint8 indices into ascending ``code`` of ``x`` over its block's absmax, and the absmax (fp32) of each block."""
+    """uint8 indices into ascending ``code`` of ``x`` over its block's absmax, and each block's absmax (fp32)."""
     n = x.numel()
     blocks = torch.nn.functional.pad(x, (0, -n % block)).view(-1, block)
     absmax = blocks.abs().amax(1) if n else x.new_empty(0)
@@ -184,6 +183,6 @@ def _check(w: NF4) -> None:
     for name, tensor, numel, dtype in wanted:
         if tensor.numel() != numel or tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(
-                f"dequantize: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected contiguous {dtype} with "
-                f"{numel} elements for shape {tuple(w.shape)} in blocks of {w.block}"
+                f"dequantize: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected contiguous {dtype} "
+                f"with {numel} elements for shape {tuple(w.shape)} in blocks of {w.block}"
             )

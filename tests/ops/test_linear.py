@@ -1,0 +1,249 @@
+"""linear: the op rule over every weight node, exact products on every path and tile, one error per bad input."""
+
+import importlib
+import itertools
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import example, given
+from oprule import ABSENT, DEVICE, DTYPES, check_op, rand, strided
+
+from unsloth_core import autodiff, backend, device, tree
+from unsloth_core.cost import Cost
+from unsloth_core.ops import nf4
+from unsloth_core.weights import NF4, Adapted, LoRA, Stacked, shape
+
+ops = importlib.import_module("unsloth_core.ops.linear")  # the file; the package's attribute is the op
+
+SIZES = st.sampled_from([1, 2, 7, 16, 31, 33, 64])
+# Two fp32 sums of the same numbers in different orders: over few elements either may be luckier by more than 2.
+FACTOR = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
+PATHS = ("pointers", "descriptors", "cublas")
+
+
+def lora(rows: int, c: int, rank: int, seed: int, dtype: torch.dtype = torch.float32) -> LoRA:
+    return LoRA(a=dense(rank, c, dtype, seed), b=rand((rows, rank), dtype, seed=seed + 1), scale=0.75)
+
+
+def dense(rows: int, c: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return rand((rows, c), dtype, seed=seed, scale=c**-0.5)
+
+
+def base_of(kind: str, rows: tuple[int, ...], c: int, dtype: torch.dtype, seed: int):
+    """A weight with these rows: one tensor, one NF4, or a stack in which dense and NF4 parts alternate."""
+    if kind == "dense":
+        return dense(sum(rows), c, dtype, seed)
+    if kind == "nf4":
+        return nf4.quantize(dense(sum(rows), c, dtype, seed), double_quant=seed % 2 == 0)
+    parts = [dense(m, c, dtype, seed + i) for i, m in enumerate(rows)]
+    return Stacked(parts=tuple(nf4.quantize(p) if i % 2 else p for i, p in enumerate(parts)))
+
+
+@given(n=SIZES, c=SIZES, m=SIZES, dtype=st.sampled_from(DTYPES), bias=st.booleans(), add=st.booleans())
+@example(n=0, c=7, m=5, dtype=torch.bfloat16, bias=True, add=True)
+@example(n=67, c=131, m=33, dtype=torch.bfloat16, bias=True, add=True)
+def test_dense(n, c, m, dtype, bias, add):
+    x = strided(rand((n, c), dtype, seed=1))
+    args = (x, dense(m, c, dtype, 2), rand((m,), dtype, seed=3) if bias else ABSENT)
+    add_ = strided(rand((n, m), dtype, seed=4)) if add else ABSENT
+    check_op(ops.linear, (*args, add_), factor=FACTOR[dtype])
+
+
+@given(
+    n=SIZES,
+    c=SIZES,
+    rows=st.lists(SIZES, min_size=1, max_size=3),
+    kind=st.sampled_from(["dense", "nf4", "stacked"]),
+    ranks=st.lists(st.sampled_from([0, 1, 5, 16, 20]), min_size=3, max_size=3),  # 0: this part has no adapter
+    dtype=st.sampled_from(DTYPES),
+    frozen=st.sampled_from(["", ".base", ".a", ".b", ".parts"]),
+    extras=st.booleans(),
+)
+@example(67, 33, [31, 7, 64], "stacked", [5, 0, 16], torch.bfloat16, ".base", True)
+@example(33, 64, [16, 33, 2], "nf4", [16, 1, 40], torch.float16, "", False)
+def test_adapted(n, c, rows, kind, ranks, dtype, frozen, extras):
+    # Leaves in x's dtype: of one 16-bit product in a fp32 leaf the rule would allow PyTorch's luck and no rounding.
+    parts = tuple(lora(m, c, r, 10 * i, dtype) if r else ABSENT for i, (m, r) in enumerate(zip(rows, ranks)))
+    w = Adapted(base=base_of(kind, tuple(rows), c, dtype, n), parts=parts, rows=tuple(rows))
+    m = sum(rows)
+    bias = rand((m,), dtype, seed=3) if extras else ABSENT
+    add = rand((n, m), dtype, seed=4) if extras else ABSENT
+    check_op(
+        ops.linear,
+        (rand((n, c), dtype, seed=1), w, bias, add),
+        frozen=lambda path: bool(frozen) and frozen in path,
+        factor=FACTOR[dtype],
+    )
+
+
+@pytest.mark.parametrize("path, kind", [("pointers", "dense"), ("descriptors", "stacked"), ("cublas", "stacked")])
+def test_every_path_keeps_the_rule(path, kind, monkeypatch):
+    monkeypatch.setattr(ops, "choose", lambda *_, **__: path)
+    dtype = torch.float32 if kind == "dense" else torch.bfloat16
+    w = Adapted(base=base_of(kind, (40, 24), 72, dtype, 5), parts=(ABSENT, lora(24, 72, 20, 6)), rows=(40, 24))
+    args = (rand((2, 25, 72), dtype, seed=1), w, rand((64,), dtype, seed=2), rand((2, 25, 64), dtype, seed=3))
+    check_op(ops.linear, args)
+
+
+LAUNCHED = [name for name in ops.CONFIGS if name != "interpreted" or device.interpreting()]
+FORWARD, DX, DW = 2, 0, 1  # which operand is a transposed view: bit 0 the left one, bit 1 the right one
+
+
+@pytest.mark.parametrize(
+    "path, name", [("pointers", n) for n in LAUNCHED] + [("descriptors", n) for n in ("large", "medium", "small")]
+)
+def test_integers_are_exact_in_every_configuration(path, name):
+    """Small integers leave no rounding, so a tile that reads, masks or adds wrongly shows; and the bits never change.
+
+    A wrong configuration is a matter of compiled code, so the interpreter walks each of them only once.
+    """
+    config = ops.CONFIGS[name]
+    dtype = torch.float32 if name.startswith("fp32") else torch.bfloat16
+    aligned = (config.m + 24, config.n + 40, 2 * config.k + 8)
+    ragged = (config.m // 2 + 1, config.n + 3, config.k + 5)  # an odd inner dimension
+    cases = list(itertools.product([(dtype, FORWARD), (dtype, DX), (dtype, DW)], (aligned, ragged)))
+    cases += [((torch.float16, FORWARD), aligned)] if dtype == torch.bfloat16 else []
+    repeats = 20
+    if device.interpreting():
+        cases, repeats = [((dtype, DW), ragged)], 1
+    for ((dtype, layout), (rows, cols, inner)), _ in itertools.product(cases, range(repeats)):
+        a = integers(rows, inner, dtype, layout & 1)
+        b = integers(inner, cols, dtype, layout & 2)
+        c, d = integers(rows, 16, dtype, False), integers(16, cols, dtype, layout & 2)
+        bias, add = integers(1, cols, dtype, False)[0], integers(rows, cols, dtype, False)
+        want = a.double() @ b.double()
+        plain = ops.product(a, b, path=path, config=config)  # this one may split its sum
+        assert torch.equal(plain, want.to(dtype)), (dtype, layout, rows, cols, inner)
+        want += c.double() @ d.double() + bias.double() + add.double()
+        all_terms = ops.product(
+            a, b, bias=bias, add=add, update=(c, d), path=path, config=config, out_dtype=torch.float32
+        )
+        assert torch.equal(all_terms.double(), want), (dtype, layout, rows, cols, inner)
+
+
+def integers(rows: int, cols: int, dtype: torch.dtype, transposed: int | bool) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows + cols)
+    values = torch.randint(-2, 3, (cols, rows) if transposed else (rows, cols), generator=generator)
+    values = values.to(dtype).to(DEVICE)
+    return values.T if transposed else values
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("rows, cols, inner", [(5, 3, 1031), (1, 33, 400), (0, 3, 4), (3, 0, 4), (3, 4, 0)])
+def test_long_sums_and_empty_sides(path, rows, cols, inner):
+    a, b = integers(rows, inner, torch.bfloat16, False), integers(inner, cols, torch.bfloat16, True)
+    y = ops.product(a, b, path=path, alpha=-0.5, out_dtype=torch.float32)
+    assert y.dtype == torch.float32 and torch.equal(y.double(), -0.5 * (a.double() @ b.double()))
+
+
+def test_frozen_weights_cost_no_residual_and_nothing_is_copied():
+    x, w = rand((5, 8), seed=1), dense(6, 8, torch.float32, 2)
+    with backend.using("triton"):
+        _, (kept, node) = ops.linear.fwd(x, w, ABSENT, ABSENT, needs=(True, False, ABSENT, ABSENT))
+        assert kept is ABSENT and node is w
+        adapted = Adapted(base=w, parts=(lora(6, 8, 2, 3),), rows=(6,))
+        needs = tree.map(lambda _: True, adapted)
+        _, (kept, node) = ops.linear.fwd(x, adapted, ABSENT, ABSENT, needs=(False, needs, ABSENT, ABSENT))
+    assert kept is x and node is adapted
+
+
+def test_gradient_node_mirrors_the_weight():
+    """Only what is needed, and the scale comes along, so that the gradient is a weight of the same kind."""
+    w = Adapted(base=dense(6, 8, torch.float32, 1), parts=(lora(4, 8, 2, 2), ABSENT), rows=(4, 2))
+    x, dy = rand((5, 8), seed=3), rand((5, 6), seed=4)
+    needs = tree.map(lambda _: False, w)
+    needs = Adapted(base=False, parts=(LoRA(a=False, b=True, scale=0.75), ABSENT), rows=(4, 2))
+    with backend.using("triton"):
+        dx, dw, dbias, dadd = ops.linear.bwd((x, w), dy, needs=(False, needs, ABSENT, True))
+    assert dx is ABSENT and dbias is ABSENT and dadd is dy
+    assert dw.base is ABSENT and dw.rows == w.rows and dw.parts[1] is ABSENT
+    assert dw.parts[0].a is ABSENT and dw.parts[0].b.shape == (4, 2) and dw.parts[0].scale == 0.75
+
+
+def test_adapters_may_have_another_dtype_than_x():
+    """fp32 leaves under bf16 tokens get fp32 gradients that were never rounded to bf16."""
+    part = lora(6, 8, 3, 1)
+    w = Adapted(base=dense(6, 8, torch.bfloat16, 2), parts=(part,), rows=(6,))
+    x = rand((50, 8), torch.bfloat16, seed=3)
+    with backend.using("triton"):
+        _, gradients = autodiff.value_and_grad(lambda p: ops.linear(x, p).float().square().sum())(w)
+    for g in (gradients.parts[0].a, gradients.parts[0].b):
+        assert g.dtype == torch.float32 and not torch.equal(g, g.bfloat16().float())
+    assert gradients.base.dtype == torch.bfloat16
+
+
+def test_nf4_decodes_to_its_own_dtype_first():
+    w = nf4.quantize(dense(16, 12, torch.bfloat16, 1))
+    x = rand((3, 12), seed=2)
+    with backend.using("triton"):
+        assert torch.equal(ops.linear(x, w), ops.linear(x, nf4.dequantize(w).float()))
+
+
+def test_an_nf4_weight_has_no_gradient():
+    w = nf4.quantize(dense(4, 8, torch.float32, 1), double_quant=False)
+    with backend.using("triton"), pytest.raises(NotImplementedError, match="an NF4 weight has no gradient; freeze it"):
+        autodiff.value_and_grad(lambda p: ops.linear(rand((2, 8), seed=2), p).sum())(w)
+
+
+X = rand((4, 8), seed=1)
+W = dense(6, 8, torch.float32, 2)
+PART = lora(6, 8, 2, 3)
+BAD = {
+    "x has shape (4, 7), expected (..., C) with C = 8": (X[:, :7], W),
+    "x has shape (), expected (..., C) with C = 8": (X[0, 0], W),
+    "w has shape (6,), expected (M, C)": (X, W[:, 0]),
+    "w has shape (6, 7), expected (M, 8)": (X, Stacked(parts=(W, W[:, :7]))),
+    "w has dtype torch.float16, expected torch.float32 like x": (X, W.half()),
+    "bias has shape (1,), expected (6,)": (X, W, W[0, :1]),
+    "bias has dtype torch.bfloat16, expected torch.float32 like x": (X, W, W[:, 0].bfloat16()),
+    "add has shape (1, 6), expected (4, 6)": (X, W, ABSENT, X[:1, :6]),
+    "w.rows is (4, 1) for 1 parts, expected 1 numbers with sum 6": (X, Adapted(base=W, parts=(PART,), rows=(4, 1))),
+    "w.rows is (5,) for 1 parts, expected 1 numbers with sum 6": (X, Adapted(base=W, parts=(PART,), rows=(5,))),
+    "w.parts[0].a has shape (2, 7), expected (2, 8)": (
+        X,
+        Adapted(base=W, parts=(LoRA(a=PART.a[:, :7], b=PART.b, scale=1.0),), rows=(6,)),
+    ),
+    "w.parts[1].b has shape (6, 2), expected (4, 2)": (X, Adapted(base=W, parts=(ABSENT, PART), rows=(2, 4))),
+    "x has shape (2, 3, 8) and strides (8, 16, 1), which no (N, 8) view covers; pass x.contiguous()": (
+        rand((3, 2, 8), seed=1).transpose(0, 1),
+        W,
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    with backend.using("triton"), pytest.raises(ValueError) as error:
+        ops.linear(*BAD[message])
+    assert str(error.value) == "linear: " + message
+
+
+def test_other_dtypes_are_not_implemented():
+    with backend.using("triton"), pytest.raises(NotImplementedError) as error:
+        ops.linear(X.double(), W.double())
+    assert str(error.value) == "linear: x has dtype torch.float64, supported are float16, bfloat16 and float32"
+
+
+@pytest.mark.parametrize("bias, add", [(W[0, :1], ABSENT), (ABSENT, X[:1, :6])])
+def test_the_reference_does_not_broadcast_either(bias, add):
+    with backend.using("reference"), pytest.raises(ValueError, match="expected"):
+        ops.linear(X, W, bias, add)
+
+
+def test_choice_of_product():
+    where = torch.device("cpu")
+    assert ops.choose(4096, 4096, torch.bfloat16, where, update=False, gradient=False) == (
+        "pointers" if device.interpreting() else "cublas"
+    )
+    assert set(ops.configuration(8, 8, torch.float32, where)._fields) == {"m", "n", "k", "warps", "stages"}
+
+
+def test_cost():
+    assert ops.cost(10, W.bfloat16()) == Cost(bytes=2 * (10 * 8 + 6 * 8 + 10 * 6), flops=2 * 10 * 6 * 8)
+    w = Adapted(base=nf4.quantize(W, double_quant=False), parts=(PART,), rows=(6,))
+    assert shape(w) == (6, 8) and isinstance(w.base, NF4)
+    extra = 4 * (2 * 8 + 6 * 2)
+    assert ops.cost(10, w, bias=True, add=True) == Cost(
+        bytes=2 * (10 * 8 + 2 * 10 * 6 + 6) + 24 + 4 + extra, flops=2 * 10 * 6 * 8 + 2 * 10 * 2 * (8 + 6)
+    )
