@@ -1,8 +1,7 @@
 """The decoder that all families share: embed -> layers -> norm -> head or loss, over one packed axis of tokens.
 
-A family gives ``embed``, ``pre``, ``post``, ``final`` and ``spec``; only attention mixes tokens, so packing, batches, remat and
-cached decoding are loops around the same functions.
-"""
+A family gives ``embed``, ``pre``, ``post``, ``final`` and ``spec``; only attention mixes tokens, so packing,
+batches, remat and cached decoding are loops around the same functions."""
 
 import dataclasses
 from collections.abc import Callable
@@ -37,6 +36,7 @@ class AttentionSpec(NamedTuple):
 
     @property
     def statics(self) -> dict[str, Any]:
+        """Options of the attention op."""
         return {"scale": self.scale, "window": self.window, "softcap": self.softcap}
 
 
@@ -65,11 +65,10 @@ class Model:
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """``(loss, aux)``: cross-entropy summed over the batch's targets, divided by ``count``.
 
-        ``count``: 0-d device tensor; default the batch's own number of targets. Giving the count of a larger batch makes
-        gradients of microbatches add up to that batch's. ``key``: for random ops; no family has any yet. ``policy``: what each
-        layer keeps for backward (see :func:`unsloth_core.autodiff.remat`); None keeps every product's and attention's output.
-        aux: ``loss_sum`` and ``count``, 0-d fp32.
-        """
+        ``count``: 0-d device tensor; default the batch's own number of targets. Giving the count of a larger batch
+        makes gradients of microbatches add up to that batch's. ``key``: for random ops; no family has any yet.
+        ``policy``: what each layer keeps for backward (see :func:`unsloth_core.autodiff.remat`); None keeps every
+        product's and attention's output. aux: ``loss_sum`` and ``count``, 0-d fp32."""
         if key is not None:
             raise ValueError(f"loss: key was given, but no op of family {self.family.__name__} is random")
         x_ND = hidden(
@@ -91,7 +90,7 @@ def hidden(
     """The normed hidden state (N, D) of every token of a packed buffer; ``max_position``: host bound on positions."""
     cfg = params.config
     if policy is None and backend.resolve(tokens_N) == "triton":
-        policy = {name: SAVE for name in family.SAVED}
+        policy = dict.fromkeys(family.SAVED, SAVE)
     rotations = tables(family, cfg, positions_N, max_position, dtype=torch.float32)
     x_ND = family.embed(params, tokens_N, cfg)
     for i, w in enumerate(params.layers):

@@ -85,6 +85,8 @@ class Config:
 
 @pytree
 class Layer:
+    """The weights of one layer."""
+
     norm1: Tensor = leaf("D", "input_layernorm.weight")
     qkv: Weight = leaf("Q+2R D", "self_attn.{q,k,v}_proj.weight")
     qkv_bias: Tensor = leaf("Q+2R", "self_attn.{q,k,v}_proj.bias", optional=True)
@@ -99,6 +101,8 @@ class Layer:
 
 @pytree
 class Weights:
+    """The weights of a model, with the config that gives them their shapes."""
+
     embed: Tensor = leaf("V D", "model.embed_tokens.weight")
     layers: tuple[Layer, ...] = blocks(Layer, "model.layers.{i}.")
     norm: Tensor = leaf("D", "model.norm.weight")

@@ -1,8 +1,8 @@
 """The op rule: an op may err twice as much as PyTorch itself in the same dtype, plus one unit in the last place.
 
-Truth is the float64 reference evaluated on the already rounded inputs. :func:`check_op` puts one op through the whole contract:
-values, every gradient, a subset of gradients, purity, repeatability, linearity in the cotangent, and honest residuals.
-"""
+Truth is the float64 reference evaluated on the already rounded inputs. :func:`check_op` puts one op through the
+whole contract: values, every gradient, a subset of gradients, purity, repeatability, linearity in the cotangent,
+and honest residuals."""
 
 import random
 from collections.abc import Callable
@@ -37,7 +37,8 @@ def strided(t: Tensor) -> Tensor:
 
 
 def assert_op_rule(ours: Tensor, torch_same: Tensor, t64: Tensor, what: str, factor: float = 2.0) -> None:
-    """``max|ours - t64| <= factor·max|torch - t64| + ulp`` and the same for the relative norm; non-finite values coincide."""
+    """``max|ours - t64| <= factor·max|torch - t64| + ulp`` and the same for the relative norm; non-finite values
+    coincide."""
     assert ours.shape == t64.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(t64.shape)}"
     assert ours.dtype == torch_same.dtype, f"{what}: dtype {ours.dtype}, PyTorch gives {torch_same.dtype}"
     o, p = ours.detach().double(), torch_same.detach().double()
@@ -51,7 +52,7 @@ def assert_op_rule(ours: Tensor, torch_same: Tensor, t64: Tensor, what: str, fac
         return
     assert torch.isfinite(o).all(), f"{what}: {int((~torch.isfinite(o)).sum())} values are not finite"
     if not torch.isfinite(p).all():
-        p = torch.where(torch.isfinite(p), p, t)  # PyTorch overflowed where the truth is finite: no allowance from there
+        p = torch.where(torch.isfinite(p), p, t)  # PyTorch overflowed, the truth did not: no allowance from there
     largest = t.abs().max()
     ulp = torch.finfo(ours.dtype).eps * torch.exp2(torch.floor(torch.log2(largest))) if largest > 0 else 0.0
     ulp = max(float(ulp), torch.finfo(ours.dtype).smallest_normal)
@@ -121,7 +122,8 @@ def _check_residuals(name: str, residuals: Any, args: Any, outputs: tuple[Tensor
 
 
 def _run(f, args, can, seed, cotangents, linear=False):
-    """Outputs, gradients per leaf (None where not wanted) and cotangents; with ``linear`` backward runs twice, doubled."""
+    """Outputs, gradients per leaf (None where not wanted) and cotangents; with ``linear`` backward runs twice,
+    doubled."""
     leaves, spec = _flatten(args)
     inputs = [x.detach().requires_grad_() if want else x for x, want in zip(leaves, can, strict=True)]
     out = f(*pt.tree_unflatten(inputs, spec))
@@ -184,7 +186,9 @@ def _map(fn, args: Any) -> Any:
 
 def _unflatten_needs(args: Any, can: list[bool]) -> Any:
     leaves, spec = _flatten(args)
-    values = [tree.map(lambda _: False, leaf) if _is_nf4(leaf) else want for leaf, want in zip(leaves, can, strict=True)]
+    values = [
+        tree.map(lambda _: False, leaf) if _is_nf4(leaf) else want for leaf, want in zip(leaves, can, strict=True)
+    ]
     return pt.tree_unflatten(values, spec)
 
 

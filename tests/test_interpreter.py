@@ -1,4 +1,5 @@
-"""The tests test kernels: without a GPU every op really walks through Triton's interpreter. And canaries of its faults."""
+"""The tests test kernels: without a GPU every op really walks through Triton's interpreter. And canaries of its
+faults."""
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from unsloth_core.device import launch
 from unsloth_core.ops.language import cast
 from unsloth_core.segments import Segments
 
-interpreted_only = pytest.mark.skipif(DEVICE.type == "cuda", reason="says what the CPU interpreter does; kernels are compiled here")
+interpreted_only = pytest.mark.skipif(
+    DEVICE.type == "cuda", reason="says what the CPU interpreter does; kernels are compiled here"
+)
 N, D = 6, 16
 x, w, ids = rand((N, D), seed=0), rand((24, D), seed=1), torch.arange(N, device=DEVICE)
 heads = rand((N, 2, 8), seed=2)

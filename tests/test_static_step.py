@@ -5,8 +5,8 @@ FakeTensorMode has no data, so any ``.item()``, any size that depends on a value
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from tiny import VERSIONS, judge, ours
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from unsloth_core import backend, data, lora, optim, random, tree
 from unsloth_core.autodiff import SAVE

@@ -55,7 +55,9 @@ def test_partition_and_merge_are_inverse(t, modulus):
 
 def test_merge_refuses_two_values_in_one_place():
     a = Node(left=torch.zeros(2), right=ABSENT)
-    with pytest.raises(ValueError, match=r"tree.merge: both trees have a value in one place: Tensor\(2,\) and Tensor\(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"tree.merge: both trees have a value in one place: Tensor\(2,\) and Tensor\(2,\)"
+    ):
         tree.merge(a, a)
 
 

@@ -13,11 +13,11 @@ from unsloth_core.load import read_weights
 from unsloth_core.models import family_of
 from unsloth_core.models.decoder import Model
 
-BASE = dict(
-    vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, bos_token_id=None, eos_token_id=None,
-    pad_token_id=None,
-)  # fmt: skip
+BASE = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None,
+    "pad_token_id": None,
+}  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16, "rope_theta": 500000.0,
@@ -30,7 +30,10 @@ VERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "rms_norm_eps": 1e-5}),
     "llama-3.1": ("llama", {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
     "llama-3.2": ("llama", {"rope_parameters": {**LLAMA3, "factor": 32.0}, "tie_word_embeddings": True}),
-    "smollm2": ("llama", {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}),
+    "smollm2": (
+        "llama",
+        {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    ),
     "tinyllama": ("llama", {"num_attention_heads": 4, "num_key_value_heads": 1}),
     "yi": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}, "num_key_value_heads": 1}),
     "r1-distill-llama": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
@@ -83,7 +86,5 @@ def ours(hf: transformers.PreTrainedModel, quantize: str | None = None) -> tuple
     checkpoint = checkpoint_of(hf)
     family = family_of(checkpoint.config)
     config = family.Config.from_hf(checkpoint.config)
-    params = read_weights(
-        checkpoint, family.Weights, config, device=DEVICE, dtype=torch.float32, quantize=quantize
-    )
+    params = read_weights(checkpoint, family.Weights, config, device=DEVICE, dtype=torch.float32, quantize=quantize)
     return Model(family=family, config=config), params

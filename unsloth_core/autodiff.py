@@ -1,9 +1,8 @@
 """Differentiation of pure functions: an op is a pair, a layer is a schedule of ops, a policy never changes the numbers.
 
-``custom_vjp(fwd, bwd)`` makes a hand-derived pair differentiable, ``value_and_grad`` and ``vjp`` are JAX's, and ``remat`` runs
-a layer so that only what a policy names is kept between forward and backward. This is the only file that uses
-``torch.autograd.Function``.
-"""
+``custom_vjp(fwd, bwd)`` makes a hand-derived pair differentiable, ``value_and_grad`` and ``vjp`` are JAX's, and
+``remat`` runs a layer so that only what a policy names is kept between forward and backward. This is the only file
+that uses ``torch.autograd.Function``."""
 
 import contextlib
 import dataclasses
@@ -34,12 +33,11 @@ _report: ContextVar["list[Fate] | None"] = ContextVar("unsloth_core_report", def
 def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[..., Any]:
     """Make the pair ``f_fwd``, ``f_bwd`` a differentiable op ``f`` (the contract is DESIGN's: see CONTRIBUTING).
 
-    ``fwd(*args, needs, **statics) -> (out, residuals)`` and ``bwd(residuals, cotangent, *, needs, **statics)`` -> one gradient
-    per argument, ABSENT where there is none. Arguments are trees of tensors, statics are keyword-only. ``needs`` mirrors the
-    arguments with booleans. The op accepts ``name=``, by which policies and reports know the call, and carries its pair as
-    ``f.fwd`` and ``f.bwd`` for schedules that call them directly. With the reference backend the plain PyTorch function of the
-    same name runs under PyTorch's own autograd.
-    """
+    ``fwd(*args, needs, **statics) -> (out, residuals)`` and ``bwd(residuals, cotangent, *, needs, **statics)`` ->
+    one gradient per argument, ABSENT where there is none. Arguments are trees of tensors, statics are keyword-only.
+    ``needs`` mirrors the arguments with booleans. The op accepts ``name=``, by which policies and reports know the
+    call, and carries its pair as ``f.fwd`` and ``f.bwd`` for schedules that call them directly. With the reference
+    backend the plain PyTorch function of the same name runs under PyTorch's own autograd."""
     op_name = fwd.__name__.removesuffix("_fwd")
     signature = inspect.signature(fwd)
     parameters = [p for p in signature.parameters.values() if p.name != "needs"]
@@ -71,7 +69,7 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
         tape = _tape.get()
         reference = backend.reference(op_name) if backend.resolve(leaves[0]) == "reference" else None
         if reference is not None and (tape is None or tape.runs(name)):
-            # Through views, so that each argument collects its gradient inside the op first: the order of a derived pair.
+            # Through views: each argument collects its gradient inside the op first, the order of a derived pair.
             inputs = [leaf.view_as(leaf) if leaf.requires_grad else leaf for leaf in leaves]
             return reference(*_unflatten(inputs, specs), **keywords)
         pair = (fwd, bwd) if reference is None else _derived(reference)
@@ -137,7 +135,8 @@ def _not_tensors(op_name: str, names: list[str], args: Sequence[Any]) -> str:
 
 
 class _Call:
-    """One call of an op: everything that forward resolved and backward must find unchanged, in whatever thread it runs."""
+    """One call of an op: everything that forward resolved and backward must find unchanged, in whatever thread it
+    runs."""
 
     __slots__ = ("name", "pair", "specs", "statics", "tape")
 
@@ -198,7 +197,9 @@ def _derived(reference: Callable[..., Any]) -> tuple[Callable[..., Any], Callabl
 
     def bwd(residuals: _Rerun, cotangent: Any, *, needs: Tree, **statics: Any) -> tuple[Any, ...]:
         leaves, specs = _flatten(residuals.args)
-        wanted = [need is True for one, arg in zip(needs, residuals.args, strict=True) for need in tree.broadcast(one, arg)]
+        wanted = [
+            need is True for one, arg in zip(needs, residuals.args, strict=True) for need in tree.broadcast(one, arg)
+        ]
         inputs = [leaf.detach().requires_grad_() if want else leaf for leaf, want in zip(leaves, wanted, strict=True)]
         with torch.enable_grad():
             out = reference(*_unflatten(inputs, specs), **statics)
@@ -222,11 +223,11 @@ def _gradients(out: Any, inputs: list[Tensor], cotangent: Any) -> Iterator[Any]:
 
 
 def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
-    """``g(params, *args) -> (value, gradients)``; with ``has_aux``, f returns (value, aux) and g ((value, aux), gradients).
+    """``g(params, *args) -> (value, gradients)``; with ``has_aux``, f returns (value, aux) and g ((value, aux),
+    gradients).
 
-    ``f`` returns a 0-d tensor. Gradients form a tree like ``params``, in each leaf's dtype; leaves that are not floating point
-    are ABSENT, leaves that f does not use are zero. Pure: nothing is accumulated into ``.grad``.
-    """
+    ``f`` returns a 0-d tensor. Gradients form a tree like ``params``, in each leaf's dtype; leaves that are not
+    floating point are ABSENT, leaves that f does not use are zero. Pure: nothing is accumulated into ``.grad``."""
 
     def g(params: Tree, *args: Any, **keywords: Any) -> tuple[Any, Tree]:
         leaves, spec = tree.flatten(params)
@@ -272,19 +273,19 @@ def _describe(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-# ----------------------------------------------------------------------------------------------------- rematerialisation
+# ---------------------------------------------------------------------------------------------- rematerialisation
 
 
 def remat(fn: Callable[..., Any], policy: Policy | None) -> Callable[..., Any]:
     """Run ``fn(*args)`` so that between forward and backward only its arguments and what ``policy`` names are kept.
 
-    ``policy`` maps op calls (their ``name=``) to SAVE or RECOMPUTE; a call that is not named is recomputed. SAVE keeps what
-    the call produced: its outputs, and residuals that are not arguments. Forward runs without autograd and records; a reverse
-    liveness pass marks every call saved, run or dead (nobody needs its output again); backward replays the layer once under
-    autograd. Gradients are bitwise those of ``policy=None``, which is plain autograd. ``fn`` must be a function of its
-    arguments alone, made of ops and views: a closed-over tensor that wants a gradient is refused with ValueError, as is a
-    name in the policy that no call has. ``torch.utils.checkpoint`` would keep the same sets, but replays dead calls.
-    """
+    ``policy`` maps op calls (their ``name=``) to SAVE or RECOMPUTE; a call that is not named is recomputed. SAVE
+    keeps what the call produced: its outputs, and residuals that are not arguments. Forward runs without autograd
+    and records; a reverse liveness pass marks every call saved, run or dead (nobody needs its output again);
+    backward replays the layer once under autograd. Gradients are bitwise those of ``policy=None``, which is plain
+    autograd. ``fn`` must be a function of its arguments alone, made of ops and views: a closed-over tensor that
+    wants a gradient is refused with ValueError, as is a name in the policy that no call has.
+    ``torch.utils.checkpoint`` would keep the same sets, but replays dead calls."""
     if policy is None:
         return fn
     for name, fate in policy.items():
@@ -321,6 +322,7 @@ class ResidualReport:
 
     @property
     def bytes(self) -> int:
+        """All that is kept."""
         return sum(row.bytes for row in self.rows)
 
     def __str__(self) -> str:
@@ -335,7 +337,8 @@ class ResidualReport:
 
 
 def residual_report(fn: Callable[..., Any], *args: Tree) -> ResidualReport:
-    """What ``fn(*args)`` keeps between forward and backward, call by call (inputs of a layer count under "layer input").
+    """What ``fn(*args)`` keeps between forward and backward, call by call (inputs of a layer count under "layer
+    input").
 
     Runs the forward pass once, with gradients for every floating-point leaf of the first argument.
     """
@@ -527,7 +530,9 @@ class _Layer(torch.autograd.Function):
         ctx.plan, ctx.entries, ctx.inputs = plan, entries, len(leaves)
         ctx.save_for_backward(*leaves, *kept)
         if (fates := _report.get()) is not None:
-            moving = [leaf for leaf, need in zip(leaves, ctx.needs_input_grad[1:], strict=True) if need and not leaf.is_leaf]
+            moving = [
+                leaf for leaf, need in zip(leaves, ctx.needs_input_grad[1:], strict=True) if need and not leaf.is_leaf
+            ]
             fates.append(Fate("layer input", SAVE, sum(t.nbytes for t in moving)))
             for entry in entries:
                 slots = [*entry.outputs, *[i for kind, i in entry.residuals or () if kind == "kept"]]

@@ -1,7 +1,7 @@
 """Which arithmetic runs: Triton kernels or plain PyTorch. Chosen by the device, overridden by :func:`using`.
 
-    with uc.using("reference"):     # the answer to "is it the kernels?"
-        loss, grads = step(lora, batch)
+with uc.using("reference"):     # the answer to "is it the kernels?"
+    loss, grads = step(lora, batch)
 """
 
 import contextlib
@@ -58,6 +58,7 @@ def resolve(where: torch.Tensor | torch.device) -> str:
 
 @functools.cache
 def reference(op: str) -> Callable[..., Any]:
-    """The plain PyTorch function of an op: ``unsloth_core.reference.<op>.<op>``; ``"file.function"`` where names differ."""
+    """The plain PyTorch function of an op: ``unsloth_core.reference.<op>.<op>``; ``"file.function"`` where names
+    differ."""
     file, _, function = op.partition(".")
     return getattr(importlib.import_module(f"unsloth_core.reference.{file}"), function or file)

@@ -21,7 +21,14 @@ class Cache:
 
     @staticmethod
     def empty(
-        layers: int, batch: int, capacity: int, kv_heads: int, head_dim: int, *, dtype: torch.dtype, device: torch.device
+        layers: int,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> "Cache":
         """Room for ``batch`` sequences of ``capacity`` tokens in every layer."""
 
@@ -38,7 +45,8 @@ class Cache:
         return Segments(starts_S=starts_B, ends_S=starts_B + self.lengths_B, max_len=self.capacity)
 
     def extend(self, new: Segments, rows: int) -> tuple[Tensor, "Cache"]:
-        """The slot (a row of ``k`` and ``v``) of each of ``rows`` packed new tokens, and the cache with its lengths grown.
+        """The slot (a row of ``k`` and ``v``) of each of ``rows`` packed new tokens, and the cache with its lengths
+        grown.
 
         Segment b of ``new`` goes behind what sequence b holds. The caller keeps within ``capacity``.
         """

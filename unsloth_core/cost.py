@@ -1,4 +1,4 @@
-"""What an op must do at least: bytes through device memory, floating-point operations, and the time these cannot beat."""
+"""What an op must do at least: bytes through device memory, operations, and the time these cannot beat."""
 
 import dataclasses
 

@@ -37,8 +37,8 @@ def capability(device: torch.device) -> tuple[int, int]:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """``kernel[grid](*args, **options)`` on the device of the first tensor argument; an empty grid launches nothing.
 
-    Backward runs in threads of autograd's engine, where neither the user's current device nor Triton's allocator (a context
-    variable, needed by tensor descriptors made on the device) is set: both are set here, at every launch.
+    Backward runs in threads of autograd's engine, where neither the user's current device nor Triton's allocator (a
+    context variable, needed by tensor descriptors made on the device) is set: both are set here, at every launch.
     """
     if 0 in grid:
         return

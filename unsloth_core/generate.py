@@ -1,4 +1,5 @@
-"""Text from a model: prefill all prompts as one packed buffer, then one token per sequence and step from a static cache."""
+"""Text from a model: prefill all prompts as one packed buffer, then one token per sequence and step from a static
+cache."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,10 +28,10 @@ def generate(
 ) -> list[str]:
     """Continue every prompt until its end token or ``max_new_tokens``; the new text only.
 
-    A prompt is a string (continued as it stands) or a list of chat messages (rendered with the model's template). Greedy at
-    ``temperature=0``; otherwise temperature, then ``top_k``, then ``top_p`` (smallest set of at least that mass), drawn with
-    ``key`` (needed then). Raises ValueError for an empty prompt and for options out of range.
-    """
+    A prompt is a string (continued as it stands) or a list of chat messages (rendered with the model's template).
+    Greedy at ``temperature=0``; otherwise temperature, then ``top_k``, then ``top_p`` (smallest set of at least
+    that mass), drawn with ``key`` (needed then). Raises ValueError for an empty prompt and for options out of
+    range."""
     ids = [encode_prompt(model, prompt) for prompt in prompts]
     sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, key=key)
     new: list[list[int]] = [[] for _ in ids]
@@ -52,7 +53,8 @@ def stream(
     top_p: float | None = None,
     key: Tensor | None = None,
 ) -> Iterator[str]:
-    """Like :func:`generate` for one prompt, piece by piece as text becomes whole (a character may take several tokens)."""
+    """Like :func:`generate` for one prompt, piece by piece as text becomes whole (a character may take several
+    tokens)."""
     tokenizer = _tokenizer(model)
     sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, key=key)
     steps = _steps(model, params, [encode_prompt(model, prompt)], max_new_tokens, sampler)
@@ -142,5 +144,7 @@ def _steps(
 
 def _tokenizer(model: Model) -> Any:
     if model.tokenizer is None:
-        raise ValueError("generate: this model has no tokenizer; load one with the model, or call model.logits yourself")
+        raise ValueError(
+            "generate: this model has no tokenizer; load one with the model, or call model.logits yourself"
+        )
     return model.tokenizer

@@ -1,8 +1,7 @@
 """Which rows of a packed buffer belong together: the one description of packing, batches and caches.
 
-A (B, T) batch is B equal segments, a packed batch has segments of any length, and a key/value cache of static capacity is B
-segments with a gap behind each. Attention takes two of these, one for queries and one for keys.
-"""
+A (B, T) batch is B equal segments, a packed batch has segments of any length, and a key/value cache of static
+capacity is B segments with a gap behind each. Attention takes two of these, one for queries and one for keys."""
 
 import torch
 from torch import Tensor
@@ -14,9 +13,8 @@ from .tree import pytree, static
 class Segments:
     """Row ``i`` belongs to segment ``s`` iff ``starts_S[s] <= i < ends_S[s]``; starts ascend, segments do not overlap.
 
-    ``starts_S``, ``ends_S``: (S,) int32 on the device; empty segments (start == end) are allowed. ``max_len``: a host bound
-    on the length of a segment (in rows).
-    """
+    ``starts_S``, ``ends_S``: (S,) int32 on the device; empty segments (start == end) are allowed. ``max_len``: a
+    host bound on the length of a segment (in rows)."""
 
     starts_S: Tensor
     ends_S: Tensor

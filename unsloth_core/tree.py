@@ -1,9 +1,9 @@
 """Trees of tensors: parameters, gradients, optimizer states and batches are all the same kind of value.
 
-A tree is a tensor, a tuple, a list, a dict, or a frozen dataclass made with :func:`pytree`. Absence is :data:`ABSENT`, a
-node with no leaves; ``None`` never sits in a tree. This is the only file that knows PyTorch's pytree registry, so trees made
-here are understood by ``torch.compile``, ``torch.export`` and friends too. The idea is JAX's, the dataclass form Equinox's.
-"""
+A tree is a tensor, a tuple, a list, a dict, or a frozen dataclass made with :func:`pytree`. Absence is
+:data:`ABSENT`, a node with no leaves; ``None`` never sits in a tree. This is the only file that knows PyTorch's
+pytree registry, so trees made here are understood by ``torch.compile``, ``torch.export`` and friends too. The idea
+is JAX's, the dataclass form Equinox's."""
 
 import dataclasses
 import itertools
@@ -55,9 +55,9 @@ def static(default: Any = dataclasses.MISSING) -> Any:
 def leaf(dims: str, hf: str, *, optional: bool = False) -> Any:
     """A weight, declared once: its dimensions and its name(s) in a checkpoint.
 
-    ``leaf("Q+2R D", "self_attn.{q,k,v}_proj.weight")`` is three parts of Q, R and R rows stored stacked. An optional leaf may
-    be missing from a checkpoint (a bias, a tied head) and is ABSENT then. Read by :mod:`unsloth_core.weights`.
-    """
+    ``leaf("Q+2R D", "self_attn.{q,k,v}_proj.weight")`` is three parts of Q, R and R rows stored stacked. An
+    optional leaf may be missing from a checkpoint (a bias, a tied head) and is ABSENT then. Read by
+    :mod:`unsloth_core.weights`."""
     metadata = {"leaf": (dims, hf, optional)}
     if optional:
         return dataclasses.field(default=ABSENT, metadata=metadata)
@@ -116,7 +116,7 @@ def items(tree: Tree) -> list[tuple[str, Any]]:
     return [(_path(keys), value) for keys, value in pt.tree_flatten_with_path(tree)[0]]
 
 
-def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001  (jax.tree.map's name)
+def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """``fn`` of the corresponding leaves of one or several trees of equal structure."""
     return pt.tree_map(fn, tree, *rest)
 
@@ -126,7 +126,7 @@ def map_with_path(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
     return pt.tree_map_with_path(lambda keys, value: fn(_path(keys), value), tree)
 
 
-def any(tree: Tree) -> bool:  # noqa: A001
+def any(tree: Tree) -> bool:
     """True if any leaf is true: "does anything in here need a gradient?" """
     if tree is True or tree is False:
         return tree
@@ -163,7 +163,8 @@ def merge(a: Tree, b: Tree) -> Tree:
 
 
 def broadcast(prefix: Tree, tree: Tree) -> list[Any]:
-    """The leaves of ``prefix`` aligned with the leaves of ``tree``; an ABSENT that stands for a subtree becomes ABSENTs."""
+    """The leaves of ``prefix`` aligned with the leaves of ``tree``; an ABSENT that stands for a subtree becomes
+    ABSENTs."""
     if prefix is ABSENT:
         return [ABSENT] * len(pt.tree_leaves(tree))
     children, spec = _one_level(tree)

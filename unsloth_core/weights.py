@@ -101,6 +101,7 @@ class Declaration:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the stacked leaf."""
         return (sum(self.rows), *self.rest)
 
 

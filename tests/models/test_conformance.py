@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import VERSIONS, checkpoint_of, judge, ours
 from oprule import DEVICE, assert_op_rule
 from safetensors.torch import save_file
+from tiny import VERSIONS, checkpoint_of, judge, ours
 
 from unsloth_core import backend, hub, lora, random, tree
 from unsloth_core.autodiff import RECOMPUTE, SAVE, value_and_grad
@@ -145,7 +145,12 @@ def test_every_policy_gives_the_same_bits(version, name):
     adapters = lora.init(random.key(0), params, rank=2)
     adapters = tree.map(lambda t: t + 0.1, adapters)
     saved = model.family.SAVED
-    policies = [{}, dict.fromkeys(saved, SAVE), {saved[0]: RECOMPUTE, "attn": SAVE}, {"norm1": SAVE, "act": SAVE, "rope": SAVE}]
+    policies = [
+        {},
+        dict.fromkeys(saved, SAVE),
+        {saved[0]: RECOMPUTE, "attn": SAVE},
+        {"norm1": SAVE, "act": SAVE, "rope": SAVE},
+    ]
     with backend.using(name):
         full = (params, lambda t: t)
         adapted = (adapters, lambda t: lora.adapt(params, t))
@@ -212,9 +217,7 @@ def dense_twin(hf, quantised):
     """The same model with every NF4 weight decoded."""
     checkpoint = checkpoint_of(hf)
     checkpoint.tensors = {**checkpoint.tensors, **named_tensors(quantised)}
-    return read_weights(
-        checkpoint, type(quantised), quantised.config, device=DEVICE, dtype=torch.float32
-    )
+    return read_weights(checkpoint, type(quantised), quantised.config, device=DEVICE, dtype=torch.float32)
 
 
 def test_transformers_judges_with_a_head_only_where_untied():

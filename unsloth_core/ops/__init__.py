@@ -1,8 +1,7 @@
 """The kernel toolbox: every op works alone in anyone's PyTorch code, with its hand-derived backward.
 
-``uc.ops.rms_norm(x, w, eps=1e-6)`` takes and returns plain tensors; each file has the formula, the kernels, the backward and the
-cost of one op, top to bottom.
-"""
+``uc.ops.rms_norm(x, w, eps=1e-6)`` takes and returns plain tensors; each file has the formula, the kernels, the
+backward and the cost of one op, top to bottom."""
 
 from .add_rms_norm import add_rms_norm
 from .attention import attention
