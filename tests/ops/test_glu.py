@@ -114,6 +114,16 @@ def test_refusals():
     refuses(NotImplementedError, "glu: gate_up has 1073741824 rows, expected fewer than 1073741824", rows)
 
 
+@pytest.mark.parametrize("x, act", [((2, 5), "silu"), ((), "silu"), ((2, 4), "relu")])
+def test_reference_refuses_alike(x, act):
+    messages = []
+    for name in backend.NAMES:
+        with backend.using(name), pytest.raises(ValueError) as caught:
+            glu(torch.zeros(x, device=DEVICE), act=act)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
 def test_cost():
     assert cost(8192, 14336, 2).bytes == 6 * 8192 * 14336
     assert cost(8192, 14336, 2, backward=True).bytes == 10 * 8192 * 14336

@@ -185,6 +185,19 @@ def test_refusals():
     refuses(NotImplementedError, "rms_norm: x has 1073741824 rows, expected fewer than 1073741824", rows, w[:1])
 
 
+@pytest.mark.parametrize(
+    "w, add, mode", [((1,), (2, 4), "llama"), ((1, 4), (2, 4), "llama"), ((4,), (4,), "llama"), ((4,), (2, 4), "x")]
+)
+def test_reference_refuses_alike(w, add, mode):
+    """PyTorch would broadcast."""
+    messages = []
+    for name in backend.NAMES:
+        with backend.using(name), pytest.raises(ValueError) as caught:
+            rms_norm(*(torch.zeros(shape, device=DEVICE) for shape in ((2, 4), w, add)), casting_mode=mode)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
 def test_cost():
     assert cost(8192, 4096, 2).bytes == 2 * 8192 * 4096 * 2 + 8192 * 4 + 4096 * 2
     assert cost(8192, 4096, 2, backward=True).bytes == 3 * 8192 * 4096 * 2 + 8192 * 4 + 2 * 4096 * 2

@@ -16,8 +16,15 @@ def add_rms_norm(
     """``(h, y)``: ``h = x + res``, ``y = h / sqrt(mean(h²) + eps) * (w + offset)`` over the last axis.
 
     ``"llama"`` rounds the normalised ``h`` to its dtype before the weight, as Llama does; ``"gemma"`` only
-    rounds the result.
+    rounds the result. Raises ValueError where PyTorch would broadcast.
     """
+    if w.shape != x.shape[-1:]:
+        raise ValueError(f"add_rms_norm: w has shape {tuple(w.shape)}, expected (D,) = {tuple(x.shape[-1:])}")
+    if res.shape != x.shape or res.dtype != x.dtype:
+        got = f"{tuple(res.shape)} {res.dtype}"
+        raise ValueError(f"add_rms_norm: res is {got}, expected x's {tuple(x.shape)} {x.dtype}")
+    if casting_mode not in ("llama", "gemma"):
+        raise ValueError(f"add_rms_norm: casting_mode is {casting_mode!r}, expected one of ('llama', 'gemma')")
     h = x + res
     wide = torch.promote_types(h.dtype, torch.float32)
     h_hat = h.to(wide) * torch.rsqrt(h.to(wide).square().mean(-1, keepdim=True) + eps)

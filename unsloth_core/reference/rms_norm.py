@@ -20,8 +20,15 @@ def rms_norm(
     """``x / sqrt(mean(x²) + eps) * (w + offset) (+ add)`` over the last axis.
 
     ``"llama"`` rounds the normalised ``x`` to its dtype before the weight, as Llama does; ``"gemma"`` only
-    rounds the result.
+    rounds the result. Raises ValueError where PyTorch would broadcast.
     """
+    if w.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: w has shape {tuple(w.shape)}, expected (D,) = {tuple(x.shape[-1:])}")
+    if add is not ABSENT and (add.shape != x.shape or add.dtype != x.dtype):
+        got = f"{tuple(add.shape)} {add.dtype}"
+        raise ValueError(f"rms_norm: add is {got}, expected x's {tuple(x.shape)} {x.dtype}")
+    if casting_mode not in ("llama", "gemma"):
+        raise ValueError(f"rms_norm: casting_mode is {casting_mode!r}, expected one of ('llama', 'gemma')")
     wide = torch.promote_types(x.dtype, torch.float32)
     x_hat = x.to(wide) * torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
     if casting_mode == "llama":
