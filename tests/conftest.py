@@ -6,6 +6,10 @@ import hypothesis
 import pytest
 import torch
 
+# Before anything imports Triton: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 hypothesis.settings.register_profile(
     "ci",
     max_examples=15,
@@ -14,7 +18,9 @@ hypothesis.settings.register_profile(
     print_blob=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
-hypothesis.settings.register_profile("deep", parent=hypothesis.settings.get_profile("ci"), max_examples=400, derandomize=False)
+hypothesis.settings.register_profile(
+    "deep", parent=hypothesis.settings.get_profile("ci"), max_examples=400, derandomize=False
+)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(1)  # workers share the cores; and small tensors are faster so
