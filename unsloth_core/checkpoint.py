@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: written under a temporary name, then renamed in one step.
 
-A checkpoint is a folder ``step-00000030`` of ``state.safetensors`` (every tensor of a tree, by path) and ``state.json``. A kill or
-a full disk at any moment leaves the ones that were there before untouched.
+A checkpoint is a folder ``step-00000030`` of ``state.safetensors`` (every tensor of a tree, by path) and
+``state.json``. A kill or a full disk at any moment leaves the ones that were there before untouched.
 """
 
 import json
@@ -33,7 +33,10 @@ def save(folder: Path, step: int, state: Tree, facts: dict[str, Any], *, keep: i
     try:
         temporary.mkdir()
         tensors = {path: t.detach().cpu().contiguous() for path, t in tree.items(state)}
-        save_file(tensors, temporary / "state.safetensors")
+        try:
+            save_file(tensors, temporary / "state.safetensors")
+        except SafetensorError as error:  # also for a full disk
+            raise OSError(f"checkpoint {final} cannot be written: {error}") from None
         (temporary / "state.json").write_text(json.dumps({"step": step, **facts}, indent=2) + "\n")
         for file in temporary.iterdir():
             _sync(file)

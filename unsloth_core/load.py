@@ -30,34 +30,44 @@ def load(
     ``source``: a Hub id, a local folder of safetensors, or a ``.gguf`` file. ``device``, ``dtype``: default cuda and bfloat16
     where there is a GPU, else cpu and float32. ``quantize="nf4"`` stores the linears of all layers in 4 bits (double
     quantised, part by part, so that each is what bitsandbytes would make of it); embedding, head and norms stay ``dtype``.
-    Raises ValueError for a config field that no one handles, and for tensors that are missing, left over or misshapen.
+    Raises ValueError for a config field that no one handles, and for tensors that are missing, left over or misshapen;
+    NotImplementedError for weights that are stored quantised (bitsandbytes, GPTQ, FP8, ...), other than in GGUF.
     """
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"load: quantize is {quantize!r}, expected one of {QUANTIZATIONS}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"load: dtype is {dtype}, expected bfloat16, float16 or float32")
     checkpoint = hub.open_checkpoint(source, revision=revision, token=token)
     family = family_of(checkpoint.config)
     config = family.Config.from_hf(checkpoint.config)
+    tokenizer = checkpoint.tokenizer()  # before the weights: what is wrong with it shows at once
     params = read_weights(checkpoint, family.Weights, config, device=device, dtype=dtype, quantize=quantize)
-    return Model(family=family, config=config, tokenizer=checkpoint.tokenizer(), source=source), params
+    return Model(family=family, config=config, tokenizer=tokenizer, source=source), params
 
 
 def read_weights(
     checkpoint: Any, cls: type, config: Any, *, device: torch.device, dtype: torch.dtype, quantize: str | None = None
 ) -> Any:
-    """The weights tree of class ``cls`` from a checkpoint's tensors, all names and shapes checked before any is read."""
+    """The weights tree of class ``cls`` from a checkpoint's tensors, all names, shapes and types checked before any is read."""
+    if stored := checkpoint.config.get("quantization_config"):
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored
+        raise NotImplementedError(
+            f"{checkpoint.source}: config.json has a quantization_config ({method}), and quantised safetensors cannot be read; "
+            'load the original 16-bit weights, with quantize="nf4" for 4 bits'
+        )
     declared = weights.declarations(cls, config.dims)
     _check_names(checkpoint, declared)
     names = set(checkpoint.names)
     total = sum(len(d.names) for d in declared if d.names[0] in names)
 
-    with tqdm(total=total, desc="loading", unit="tensor", leave=False, delay=1) as progress:
+    with tqdm(total=total, desc="loading", unit="tensor", leave=False, delay=1, disable=None) as progress:
 
         def make(declaration: Declaration) -> Any:
             if declaration.names[0] not in names or _is_tied_head(declaration, config.tie_word_embeddings):
                 return ABSENT
-            in_layers = isinstance(declaration.path[0], str) and len(declaration.path) > 1
+            in_layers = len(declaration.path) > 1
             if quantize == "nf4" and in_layers and declaration.rest:
                 parts = []
                 for name in declaration.names:
@@ -90,9 +100,12 @@ def _check_names(checkpoint: Any, declared: list[Declaration]) -> None:
     expected = {name for d in declared for name in d.names}
     if extra := sorted(names - expected):
         raise ValueError(f"{checkpoint.source}: {len(extra)} tensors that the config has no place for: {_some(extra)}")
+    elsewhere = {_kind(d): d.names[0] for d in declared if names.intersection(d.names)}
     for d in declared:
         there = [name in names for name in d.names]
         if not any(there) and d.optional:  # a missing head is a tied one, whatever the flag says
+            if _kind(d) in elsewhere:
+                raise ValueError(f"{checkpoint.source}: {d.names[0]} is missing, but {elsewhere[_kind(d)]} is there")
             continue
         if not all(there):
             missing = [name for name, found in zip(d.names, there, strict=True) if not found]
@@ -101,6 +114,13 @@ def _check_names(checkpoint: Any, declared: list[Declaration]) -> None:
             found, wanted = tuple(checkpoint.shape(name)), (rows, *d.rest)
             if found != wanted:
                 raise ValueError(f"{checkpoint.source}: {name} has shape {found}, the config says {wanted}")
+            if not (dtype := checkpoint.dtype(name)).is_floating_point:
+                raise ValueError(f"{checkpoint.source}: {name} has dtype {dtype}, expected floating-point weights")
+
+
+def _kind(declaration: Declaration) -> weights.Path:
+    """The path without the index of the layer: an optional bias is in every layer or in none."""
+    return tuple(key for key in declaration.path if isinstance(key, str))
 
 
 def _is_tied_head(declaration: Declaration, tied: bool) -> bool:

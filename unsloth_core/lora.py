@@ -125,7 +125,8 @@ def merge(params: Any, adapters: Adapters) -> Any:
 def save(adapters: Adapters, folder: str | os.PathLike[str], model: "Model") -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT does, each under a temporary name first.
 
-    ``model`` says which modules exist and where the base came from. Raises ValueError for adapters of another model.
+    ``model`` says which modules exist and where the base came from. Raises ValueError for adapters of another model, OSError
+    (disk full, no permission) with the files that were there before still whole.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +136,10 @@ def save(adapters: Adapters, folder: str | os.PathLike[str], model: "Model") -> 
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = lora.b.detach().cpu().contiguous()
     config = _peft_config(adapters, model)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        save_file(tensors, Path(temporary) / "adapter_model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(tensors, Path(temporary) / "adapter_model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # also for a full disk
+            raise OSError(f"lora.save: {folder} cannot be written: {error}") from None
         (Path(temporary) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             os.replace(Path(temporary) / name, folder / name)

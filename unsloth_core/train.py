@@ -1,11 +1,14 @@
 """Fine-tuning: a pure step, and the loop around it that measures, evaluates, saves and resumes.
 
-The step is a function of adapters, optimizer state and microbatches; everything that happens to files is in :func:`finetune`.
+The step is a function of adapters, optimizer state and microbatches; all that happens to files is in :func:`finetune`.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
+import statistics
+import sys
 import time
 import tomllib
 from collections.abc import Callable, Sequence
@@ -38,7 +41,7 @@ class Options:
     schedule: str = "linear"
     warmup: int = 5  # steps
     weight_decay: float = 0.0
-    max_norm: float | None = 1.0  # of the gradient; None: no clipping
+    max_norm: float = 1.0  # of the gradient; inf: no clipping
     steps: int | None = None  # None: as many as the epochs hold
     epochs: int = 1
     tokens: int = 2048  # per microbatch
@@ -57,6 +60,8 @@ class Options:
                 raise ValueError(f"finetune: {name} is {getattr(self, name)}, expected at least 1")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"finetune: steps is {self.steps}, expected at least 1")
+        if self.max_norm is None or not self.max_norm > 0:
+            raise ValueError(f"finetune: max_norm is {self.max_norm}, expected more than 0 (inf: no clipping)")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"finetune: eval_fraction is {self.eval_fraction}, expected 0 <= eval_fraction < 1")
 
@@ -64,8 +69,8 @@ class Options:
     def from_toml(file: str | os.PathLike[str]) -> dict[str, Any]:
         """The options of a TOML file. Raises ValueError naming an unknown one, or a value of the wrong type."""
         try:
-            values = tomllib.loads(Path(file).read_text())
-        except (OSError, tomllib.TOMLDecodeError) as error:
+            values = tomllib.loads(Path(file).read_text("utf-8"))
+        except ValueError as error:  # of TOML or of UTF-8
             raise ValueError(f"{file}: {error}") from None
         types = get_type_hints(Options)
         for name, value in values.items():
@@ -78,19 +83,27 @@ class Options:
         return values
 
     def to_toml(self) -> str:
-        """Every option that is not None, as a TOML file that :meth:`from_toml` reads back."""
+        """Every option as a TOML file that :meth:`from_toml` reads back; None, always a default, is left out."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+        return "".join(f"{name} = {_toml(value)}\n" for name, value in values.items())
+
+
+def _toml(value: Any) -> str:
+    """JSON writes these values as TOML does, but for its infinity and its pairs of surrogates."""
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
 Step = Callable[[Adapters, Any, Sequence[Batch]], tuple[Adapters, Any, dict[str, Tensor]]]
 
 
-def make_step(model: Model, params: Any, optimizer: optim.Optimizer, *, max_norm: float | None, policy: Policy | None) -> Step:
+def make_step(
+    model: Model, params: Any, optimizer: optim.Optimizer, *, max_norm: float | None, policy: Policy | None
+) -> Step:
     """``step(adapters, state, microbatches) -> (adapters, state, metrics)``, without a host sync.
 
-    Gradients of the microbatches are summed in fp32, each loss divided by the number of targets of all of them: the gradient
-    of one large batch. ``adapters`` and ``state`` are donated. metrics: ``loss``, ``grad_norm``, ``targets``, 0-d.
+    Gradients of the microbatches are summed in fp32, each loss divided by the number of targets of all of them: the
+    gradient of one large batch. ``adapters`` and ``state`` are donated. metrics: ``loss``, ``grad_norm``, ``targets``,
+    0-d.
     """
     gradient = value_and_grad(
         lambda adapters, batch, count: model.loss(lora.adapt(params, adapters), batch, count=count, policy=policy),
@@ -134,17 +147,18 @@ def finetune(
 ) -> tuple[Adapters, list[dict[str, float]]]:
     """Train LoRA adapters on a file (or list) of examples; returns them and one row of metrics per step.
 
-    ``options`` are the fields of :class:`Options`. Written to ``output``: ``run.toml`` (the options), ``metrics.jsonl`` (step,
-    loss, lr, grad_norm, targets, tokens_per_s, memory_gib, and eval_loss where measured), ``loss.png``, the adapter in PEFT's
-    format, and checkpoints. A run that finds a checkpoint of its own in ``output`` goes on from there and ends with the same
-    bits as one that was never stopped; ``resume=False`` starts over. Raises ValueError for bad options or data, and for a
-    checkpoint of a run with other options.
+    ``options`` are the fields of :class:`Options`. Written to ``output``: ``run.toml`` (the options), ``metrics.jsonl``
+    (step, loss, lr, grad_norm, targets, tokens_per_s, memory_gib, and eval_loss where measured), ``loss.png``, the
+    adapter in PEFT's format, and checkpoints. A run that finds a checkpoint of its own in ``output`` goes on from there
+    and ends with the same bits as one that was never stopped; ``resume=False`` starts over. Raises ValueError for bad
+    options or data, and for a checkpoint of a run with other options, data or weights.
     """
     o = Options(**options)
     output = Path(o.output)
     training, held_out = data.split(data.read_examples(examples), o.eval_fraction, o.seed)
     device = params.embed.device
     more = {"tokens": o.tokens, "train_on": o.train_on, "device": device, "progress": progress}
+    more["vocab_size"] = model.config.vocab_size
     batches = data.batches(training, model.tokenizer, epochs=o.epochs, seed=o.seed, **more)
     held_out_batches = list(data.batches(held_out, model.tokenizer, shuffle=False, **more)) if held_out else []
     steps = o.steps or max(len(batches) // o.accumulate, 1)
@@ -156,24 +170,30 @@ def finetune(
     }
     rate = rates[o.schedule]()
     optimizer = optim.adamw(rate, weight_decay=o.weight_decay)
-    adapters = lora.init(
-        random.key(o.seed), params, rank=o.rank, alpha=o.alpha, targets=o.targets, rslora=o.rslora
-    )
+    adapters = lora.init(random.key(o.seed), params, rank=o.rank, alpha=o.alpha, targets=o.targets, rslora=o.rslora)
     state = optimizer.init(adapters)
     history: list[dict[str, float]] = []
-    identity = {**dataclasses.asdict(o), "output": None, "total_steps": steps, "batches": len(batches)}
+    identity = {**dataclasses.asdict(o), "output": None, "total_steps": steps}
+    identity["data"] = hashlib.sha256(batches.examples.ids.tobytes() + batches.examples.trained).hexdigest()
+    identity["model"] = f"{model.source}, {tree.nbytes(params)} bytes of {params.embed.dtype}"
     newest = checkpoint.newest(output / "checkpoints") if resume else None
     if newest is not None:
         (adapters, state), facts = checkpoint.load(newest, (adapters, state))
         if facts["options"] != identity:
             changed = sorted(k for k in identity if facts["options"].get(k) != identity[k])
-            raise ValueError(f"finetune: {newest} was made with other options ({', '.join(changed)}); use another output, or resume=False")
+            raise ValueError(
+                f"finetune: {newest} was made with another {' and '.join(changed)}; choose another output folder, "
+                "or do not resume (resume=False, --no-resume)"
+            )
         history = _read_metrics(output / "metrics.jsonl", facts["step"])
 
     output.mkdir(parents=True, exist_ok=True)
-    (output / "run.toml").write_text(o.to_toml())
+    (output / "run.toml").write_text(o.to_toml(), "utf-8")
     step_fn = make_step(model, params, optimizer, max_norm=o.max_norm, policy=policy)
-    bar = tqdm(total=steps, initial=len(history), desc="fine-tuning", unit="step", disable=not progress)
+    rarely = 0.1 if sys.stderr.isatty() else 10.0  # seconds: in a log every refresh stays
+    bar = tqdm(
+        total=steps, initial=len(history), desc="fine-tuning", unit="step", mininterval=rarely, disable=not progress
+    )
     _rewrite_metrics(output / "metrics.jsonl", history)
     with bar, (output / "metrics.jsonl").open("a") as log:
         for i in range(len(history), steps):
@@ -189,10 +209,9 @@ def finetune(
             history.append(row)
             log.write(json.dumps(row) + "\n")
             log.flush()
+            speed = f"{row['tokens_per_s']:.0f} tok/s, {row['memory_gib']:.1f} GiB"
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}", refresh=False)
             bar.update()
-            bar.set_postfix_str(
-                f"loss {row['loss']:.3f}, {row['tokens_per_s']:.0f} tok/s, {row['memory_gib']:.1f} GiB"
-            )
             if (i + 1) % o.save_every == 0 and i + 1 < steps:
                 checkpoint.save(output / "checkpoints", i + 1, (adapters, state), {"options": identity})
     lora.save(adapters, output, model)
@@ -211,7 +230,7 @@ def plot_loss(history: list[dict[str, float]], file: str | os.PathLike[str]) -> 
     steps, losses = [row["step"] for row in history], [row["loss"] for row in history]
     axes.plot(steps, losses, color="0.75", linewidth=1, label="each step")
     window = max(1, len(losses) // 20)
-    means = [sum(losses[max(0, i - window + 1) : i + 1]) / len(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
+    means = [statistics.fmean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
     axes.plot(steps, means, color="C0", label=f"mean of {window}" if window > 1 else "loss")
     measured = [(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row]
     if measured:

@@ -1,0 +1,310 @@
+"""The command line: ``unsloth-core finetune`` trains adapters, ``unsloth-core generate`` talks to a model.
+
+A thin layer over ``uc.finetune`` and ``uc.generate``. Its own decisions: the options of a run are the fields of
+:class:`~unsloth_core.train.Options`; whatever is wrong with input or machine is one line on stderr and exit code 1.
+"""
+
+import contextlib
+import dataclasses
+import enum
+import inspect
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import torch
+import typer
+
+from . import __version__, checkpoint, lora, random, tree
+from .data import read_examples
+from .generate import Prompt, stream
+from .load import load
+from .models.decoder import Model
+from .train import SCHEDULES, Options
+from .train import finetune as run_finetune
+
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+# What a user can put right: everything else is a bug of ours and keeps its traceback.
+EXPECTED = (ValueError, OSError, ImportError, NotImplementedError, torch.OutOfMemoryError)
+
+# One line for every field of Options.
+OPTION_HELP = {
+    "output": "Folder for the adapter, metrics.jsonl, loss.png, run.toml and checkpoints.",
+    "rank": "Rank of the adapters: how much they can learn, and how large they are.",
+    "alpha": "Strength of the adapters; their scale is alpha / rank. Default: the rank.",
+    "rslora": "Scale by alpha / sqrt(rank) instead.",
+    "targets": "What is adapted: all-linear, attention, or names such as q_proj,v_proj.",
+    "lr": "Highest learning rate.",
+    "schedule": f"How the learning rate changes: {', '.join(SCHEDULES)}.",
+    "warmup": "Steps in which the learning rate rises to its highest.",
+    "weight_decay": "AdamW's weight decay.",
+    "max_norm": "Longest gradient; a longer one is scaled down to it. inf: never.",
+    "steps": "Number of updates. Default: as many as the epochs hold.",
+    "epochs": "How often every example is seen.",
+    "tokens": "Tokens in a microbatch: examples are packed until it is full. Less of it takes less memory.",
+    "accumulate": "Microbatches in an update.",
+    "train_on": "responses: learn what the assistant says; all: prompts too.",
+    "eval_fraction": "Part of the examples that is kept out of training and measured.",
+    "eval_every": "Steps between these measurements.",
+    "save_every": "Steps between checkpoints, from which an interrupted run goes on.",
+    "seed": "Seed of the adapters' first values and of the order of examples.",
+}  # fmt: skip
+
+
+class Dtype(enum.StrEnum):
+    """Data types of weights."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class Quantization(enum.StrEnum):
+    """Ways to store frozen weights in fewer bits."""
+
+    nf4 = "nf4"
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A Hub id (org/name), a folder of safetensors, or a .gguf file.", metavar="MODEL")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu. Default: the GPU if there is one.")]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option(help="Of the model's weights. Default: bfloat16 on a GPU, float32 on a CPU.")
+]
+QuantizeOption = Annotated[
+    Quantization | None, typer.Option(help="Store the model's linear layers in 4 bits: a quarter of the memory.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show where in the code an error happened.")]
+
+app = typer.Typer(
+    help="Fine-tune open language models on your own examples, and talk to them.",
+    epilog="`unsloth-core COMMAND --help` explains a command and shows an example.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 110},
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="unsloth-core")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"unsloth-core {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all_commands(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def _takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option per field of Options; None, its default, stands for "not given"."""
+    signature = inspect.signature(command)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    types = get_type_hints(Options)
+    for field in dataclasses.fields(Options):
+        kind = (get_args(types[field.name]) or (types[field.name],))[0]  # `float | None`, `str | list[str]`
+        default = "" if field.default is None else f"  [default: {field.default}]"
+        annotation = Annotated[kind | None, typer.Option(help=OPTION_HELP[field.name] + default)]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(field.name, keyword, default=None, annotation=annotation))
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return command
+
+
+@app.command()
+@_takes_options
+def finetune(
+    model: ModelArgument,
+    data: Annotated[str, typer.Argument(help="Examples: a .jsonl, .json or .parquet file.", metavar="DATA")],
+    *,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with any of the options below; those given here win.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume/--no-resume", help="Go on from a checkpoint in the output folder, if there is any."),
+    ] = True,
+    debug: DebugOption = False,
+    **options: Any,
+) -> None:
+    """Train LoRA adapters for MODEL on the examples in DATA.
+
+    \b
+    Example:
+      unsloth-core finetune HuggingFaceTB/SmolLM2-135M-Instruct train.jsonl --output runs/first --epochs 3
+      unsloth-core generate HuggingFaceTB/SmolLM2-135M-Instruct --adapter runs/first
+
+    Each line of train.jsonl is one example, {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
+    "content": "..."}]}; conversations, prompt and completion, instruction and output, and text work too. A run that
+    was stopped goes on from its last checkpoint when the same command is given again.
+    """
+    with _one_line_errors(debug):
+        chosen = Options.from_toml(config) if config else {}
+        chosen |= {name: value for name, value in options.items() if value is not None}
+        if isinstance(names := chosen.get("targets"), str) and names not in ("all-linear", "attention"):
+            chosen["targets"] = [name.strip() for name in names.split(",")]
+        run = Options(**chosen)
+        checkpoints = Path(run.output) / "checkpoints"
+        examples = read_examples(data)  # before the model, which may take minutes to come
+        bound, params = _load(model, device, dtype, quantize)
+        if resume and (last := checkpoint.newest(checkpoints)):
+            _say(f"Going on from {last}; --no-resume would start over.")
+        try:
+            _, history = run_finetune(bound, params, examples, resume=resume, **dataclasses.asdict(run))
+        except KeyboardInterrupt:
+            last = checkpoint.newest(checkpoints)
+            kept = f"the last checkpoint is {last}: give the same command again to go on" if last else (
+                f"there is no checkpoint yet (one is written every {run.save_every} steps: --save-every)"
+            )  # fmt: skip
+            _say(f"\nStopped; {kept}.")
+            raise typer.Exit(INTERRUPTED) from None
+        _say(f"Loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f} in {len(history)} steps.")
+        _say(f"The adapter, metrics.jsonl, loss.png and run.toml are in {run.output}. Try it:")
+        _say(f"  unsloth-core generate {shlex.quote(model)} --adapter {shlex.quote(run.output)}")
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="Default: chat on a terminal, else what comes in on standard input.", metavar="[PROMPT]"),
+    ] = None,
+    *,
+    adapter: Annotated[Path | None, typer.Option(help="Folder that finetune (or PEFT) wrote an adapter to.")] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Send the prompt as a message to the assistant, or have it continued as it stands."
+            " Default: chat, if the model has a chat template.",
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="Instructions to the assistant before the chat.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="0: always the likeliest token; 1: drawn as the model says.")
+    ] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw among this many likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the likeliest tokens of this much probability.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same answer.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Let MODEL answer PROMPT, or chat with it.
+
+    \b
+    Example:
+      unsloth-core generate HuggingFaceTB/SmolLM2-135M-Instruct "Why is the sky blue?"
+      unsloth-core generate HuggingFaceTB/SmolLM2-135M-Instruct --adapter runs/first
+      cat letter.txt | unsloth-core generate model.gguf --raw --max-new-tokens 100
+    """
+    with _one_line_errors(debug):
+        bound, params = _load(model, device, dtype, quantize)
+        if adapter is not None:
+            params = lora.adapt(params, lora.load(adapter, params))
+        if chat is None:
+            chat = bound.tokenizer is not None and bound.tokenizer.chat_template is not None
+        if system is not None and not chat:
+            raise ValueError("generate: --system needs a chat, but the prompt is continued as it stands (--raw)")
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+
+        def answer(text: str, turn: int) -> None:
+            """Stream the answer; in a chat it becomes part of the conversation."""
+            messages.append({"role": "user", "content": text})
+            request: Prompt = messages if chat else text
+            key = random.fold_in(random.key(seed), turn)
+            pieces = []
+            with contextlib.suppress(KeyboardInterrupt) if interactive else contextlib.nullcontext():
+                for piece in stream(bound, params, request, key=key, **sampling):
+                    pieces.append(piece)
+                    typer.echo(piece, nl=False)
+            typer.echo()
+            messages.append({"role": "assistant", "content": "".join(pieces)})
+
+        interactive = prompt is None and sys.stdin.isatty()
+        try:
+            if interactive:
+                _say("Ctrl-C stops an answer, Ctrl-D ends the chat.")
+                for turn, text in enumerate(_lines()):
+                    answer(text, turn)
+            else:
+                answer(sys.stdin.read().removesuffix("\n") if prompt is None else prompt, 0)
+        except KeyboardInterrupt:
+            typer.echo()
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def _lines() -> Iterator[str]:
+    """What is typed at the prompt, line by line, until Ctrl-D."""
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            typer.echo()
+            return
+        if text.strip():
+            yield text
+
+
+def _load(source: str, device: str | None, dtype: Dtype | None, quantize: Quantization | None) -> tuple[Model, Any]:
+    try:
+        where = None if device is None else torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device is {device!r}, expected cuda, cuda:<number> or cpu") from None
+    if where is not None and where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is {device!r}, but PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    kind = None if dtype is None else getattr(torch, dtype.value)
+    model, params = load(source, device=where, dtype=kind, quantize=None if quantize is None else quantize.value)
+    size = f"{tree.nbytes(params) / 2**30:.2f} GiB, {params.embed.dtype}".replace("torch.", "")
+    _say(f"{source}: {size}{f', linears in {quantize.value}' if quantize else ''}, on {params.embed.device}")
+    return model, params
+
+
+def _say(text: str) -> None:
+    """To stderr: stdout is for what the model says."""
+    typer.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def _one_line_errors(debug: bool) -> Iterator[None]:
+    """What a user can put right ends the command with one line; warnings are one line too."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
+        try:
+            yield
+        except BrokenPipeError:
+            raise  # the reader of our output left (`| head`): typer ends quietly
+        except EXPECTED as error:
+            if debug:
+                raise
+            text = str(error) or type(error).__name__
+            if isinstance(error, OSError) and error.filename:
+                text = f"{error.filename}: {error.strerror}"
+            elif isinstance(error, torch.OutOfMemoryError):
+                text = "the GPU's memory is full: try fewer --tokens, --quantize nf4 or a smaller model"
+            _say(f"error: {' '.join(text.split())}")
+            raise typer.Exit(1) from None
