@@ -64,6 +64,11 @@ def assert_op_rule(ours: Tensor, torch_same: Tensor, t64: Tensor, what: str, fac
         assert error <= allowed, f"{what}: relative norm {error:.3e} > {allowed:.3e}"
 
 
+def assert_same_up_to_order(a: Tensor, b: Tensor) -> None:
+    """Two fp32 results of one sum: compiled for other strides, lanes hold other elements and add them in another order."""
+    torch.testing.assert_close(a, b, rtol=2**-18, atol=2**-18 * float(b.abs().max()) if b.numel() else 0.0)
+
+
 def check_op(
     op: Callable[..., Any],
     args: tuple[Any, ...],
@@ -196,4 +201,4 @@ def _bytes(t: Tensor) -> bytes:
     return t.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-__all__ = ["ABSENT", "DEVICE", "DTYPES", "assert_op_rule", "check_op", "rand", "strided"]
+__all__ = ["ABSENT", "DEVICE", "DTYPES", "assert_op_rule", "assert_same_up_to_order", "check_op", "rand", "strided"]
