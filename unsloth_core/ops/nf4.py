@@ -108,9 +108,9 @@ def quantize(t_MC: Tensor, *, double_quant: bool = True, block: int = 64) -> NF4
     """The nearest NF4 matrix: the table entry nearest to ``x * (1 / absmax)``, absmax that of its ``block`` elements.
 
     ``t_MC``: (M, C) fp16, bf16 or fp32, which is also what the result decodes to. A value on the midpoint of two
-    entries takes the lower one. Same codes as bitsandbytes' portable backend wherever M·C is a multiple of ``block`` (of
-    256 blocks, if ``double_quant``): that divides by absmax in its last ragged block, this multiplies by the reciprocal, as
-    bitsandbytes' CUDA backend does.
+    entries takes the lower one. Same codes as bitsandbytes' portable backend wherever M·C is a multiple of ``block``
+    (of 256 blocks, if ``double_quant``): that divides by absmax in its last ragged block, this multiplies by the
+    reciprocal, as bitsandbytes' CUDA backend does.
     Raises ValueError for another shape, dtype or block size.
     """
     if t_MC.ndim != 2:
@@ -130,7 +130,9 @@ def quantize(t_MC: Tensor, *, double_quant: bool = True, block: int = 64) -> NF4
         code_256 = dynamic_map(t_MC.device)
         absmax, nested_absmax = _nearest(absmax - offset, code_256, NESTED_BLOCK)
         nested = Nested(absmax_P=nested_absmax, code_256=code_256, offset=offset)
-    return NF4(codes=codes, absmax=absmax, nested=nested, shape=tuple(t_MC.shape), dtype=t_MC.dtype, block=block)
+    return NF4(
+        codes=codes, absmax=absmax, nested=nested, shape=(t_MC.shape[0], t_MC.shape[1]), dtype=t_MC.dtype, block=block
+    )
 
 
 def dynamic_map(where: torch.device | str = "cpu") -> Tensor:
