@@ -1,9 +1,10 @@
 """Reading ``config.json`` strictly: every field is handled, known to be harmless, or refused by name."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-# Fields that say nothing about the function the model computes.
+# Fields that say nothing about the function the model computes (quantization_config: about its storage, see load.py).
 IGNORED = frozenset(
     """
     _name_or_path architectures auto_map bos_token_id dtype eos_token_id initializer_range is_llama_config model_type
@@ -41,11 +42,25 @@ class ConfigReader:
             raise ValueError(f"{self._where}: field {name!r} is {value!r}, expected a positive integer")
         return value
 
+    def number(self, name: str, default: Any = _REQUIRED) -> float:
+        """A finite number above zero."""
+        value = self.take(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(f"{self._where}: field {name!r} is {value!r}, expected a number above zero")
+        return float(value)
+
+    def flag(self, name: str, default: Any = _REQUIRED) -> bool:
+        """True or false."""
+        value = self.take(name, default)
+        if not isinstance(value, bool):
+            raise ValueError(f"{self._where}: field {name!r} is {value!r}, expected true or false")
+        return value
+
     def expect(self, name: str, *allowed: Any) -> None:
-        """A field that may only have one of these values (or be absent)."""
-        self._taken.add(name)
-        if name in self.raw and self.raw[name] not in allowed:
-            raise ValueError(f"{self._where}: field {name!r} is {self.raw[name]!r}, supported: {list(allowed)}")
+        """A field that may only have one of these values (or be absent or null)."""
+        value = self.take(name, None)
+        if value is not None and value not in allowed:
+            raise ValueError(f"{self._where}: field {name!r} is {value!r}, supported: {list(allowed)}")
 
     def finish(self) -> None:
         """Raises ValueError naming the fields that were neither read nor known to be harmless."""

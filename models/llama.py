@@ -51,10 +51,11 @@ class Config:
         read.expect("hidden_act", "silu")
         read.expect("attention_dropout", 0, 0.0)
         read.expect("rope_interleaved", False)
-        read.take("attention_bias", False), read.take("mlp_bias", False)  # biases are seen by their presence
+        read.flag("attention_bias", False), read.flag("mlp_bias", False)  # biases are seen by their presence
         heads = read.size("num_attention_heads", 32)
         width = read.size("hidden_size", 4096)
         head_dim = read.size("head_dim", width // heads)
+        positions = read.size("max_position_embeddings", 2048)
         config = Config(
             hidden_size=width,
             intermediate_size=read.size("intermediate_size", 11008),
@@ -63,10 +64,10 @@ class Config:
             num_key_value_heads=read.size("num_key_value_heads", heads),
             head_dim=head_dim,
             vocab_size=read.size("vocab_size", 32000),
-            max_position_embeddings=read.size("max_position_embeddings", 2048),
-            rms_norm_eps=float(read.take("rms_norm_eps", 1e-6)),
-            rotary=Rotary.from_hf(dict(raw), head_dim=head_dim),
-            tie_word_embeddings=bool(read.take("tie_word_embeddings", False)),
+            max_position_embeddings=positions,
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            rotary=Rotary.from_hf({**raw, "max_position_embeddings": positions}, head_dim=head_dim),
+            tie_word_embeddings=read.flag("tie_word_embeddings", False),
         )
         read.finish()
         if heads % config.num_key_value_heads:

@@ -24,10 +24,13 @@ _NAME = re.compile(r"step-(\d{8,})")
 def save(folder: Path, step: int, state: Tree, facts: dict[str, Any], *, keep: int = 2) -> Path:
     """Write the checkpoint of ``step`` below ``folder`` and drop all but the newest ``keep``.
 
-    Raises OSError (disk full, no permission) with the older checkpoints still in place.
+    Raises FileExistsError if there is one of that step, OSError (disk full, no permission) with the older checkpoints
+    still in place.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
+    if final.exists():
+        raise FileExistsError(f"checkpoint {final} exists already: two runs in one folder?")
     temporary = folder / f".writing-{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -40,7 +43,6 @@ def save(folder: Path, step: int, state: Tree, facts: dict[str, Any], *, keep: i
         (temporary / "state.json").write_text(json.dumps({"step": step, **facts}, indent=2) + "\n")
         for file in temporary.iterdir():
             _sync(file)
-        shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -56,12 +58,31 @@ def newest(folder: Path) -> Path | None:
     return folder / f"step-{steps[-1]:08d}" if steps else None
 
 
-def load(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
-    """``(state, facts)``: a tree of ``like``'s structure, dtypes and devices. Raises ValueError where they disagree."""
+def clear(folder: Path) -> None:
+    """Drop all checkpoints below ``folder``, so that a kill midway leaves none that looks whole."""
+    if folder.is_dir():
+        aside = folder.with_name(f".dropped-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+        shutil.rmtree(aside)
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What was saved beside the tensors, and ``step``. Raises ValueError if it cannot be read."""
+    try:
+        found = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+        raise ValueError(f"checkpoint {path} cannot be read: state.json has no step")
+    return found
+
+
+def load(path: Path, like: Tree) -> Tree:
+    """A tree of ``like``'s structure, dtypes and devices. Raises ValueError where they disagree."""
     try:
         tensors = load_file(path / "state.safetensors")
-        facts = json.loads((path / "state.json").read_text())
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
     expected = dict(tree.items(like))
     if tensors.keys() != expected.keys():
@@ -75,7 +96,7 @@ def load(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
             raise ValueError(f"checkpoint {path} belongs to another run: {where} is {got}, expected {want}")
         return found.to(t.device)
 
-    return tree.map_with_path(restore, like), facts
+    return tree.map_with_path(restore, like)
 
 
 def _steps(folder: Path) -> list[int]:

@@ -21,7 +21,7 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     """A new key from a key and an integer (a step, a layer), which may be a 0-d device tensor."""
-    step = (data + 1) * _GOLDEN if isinstance(data, Tensor) else _wrap((data + 1) * _GOLDEN)
+    step = (data.to(torch.int64) + 1) * _GOLDEN if isinstance(data, Tensor) else _wrap((data + 1) * _GOLDEN)
     return _mix(key + step)
 
 

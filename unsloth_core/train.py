@@ -6,6 +6,7 @@ The step is a function of adapters, optimizer state and microbatches; all that h
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import statistics
 import sys
@@ -53,6 +54,12 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.output, os.PathLike):
+            object.__setattr__(self, "output", os.fspath(self.output))
+        if isinstance(self.targets, tuple):
+            object.__setattr__(self, "targets", list(self.targets))
+        for name, value in dataclasses.asdict(self).items():
+            _check_type("finetune", name, value)
         if self.schedule not in SCHEDULES:
             raise ValueError(f"finetune: schedule is {self.schedule!r}, expected one of {SCHEDULES}")
         for name in ("rank", "epochs", "tokens", "accumulate", "eval_every", "save_every"):
@@ -60,8 +67,12 @@ class Options:
                 raise ValueError(f"finetune: {name} is {getattr(self, name)}, expected at least 1")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"finetune: steps is {self.steps}, expected at least 1")
-        if self.max_norm is None or not self.max_norm > 0:
+        if not self.max_norm > 0:
             raise ValueError(f"finetune: max_norm is {self.max_norm}, expected more than 0 (inf: no clipping)")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"finetune: alpha is {self.alpha}, expected a number above 0")
+        if self.warmup < 0:
+            raise ValueError(f"finetune: warmup is {self.warmup}, expected at least 0")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"finetune: eval_fraction is {self.eval_fraction}, expected 0 <= eval_fraction < 1")
 
@@ -72,20 +83,26 @@ class Options:
             values = tomllib.loads(Path(file).read_text("utf-8"))
         except ValueError as error:  # of TOML or of UTF-8
             raise ValueError(f"{file}: {error}") from None
-        types = get_type_hints(Options)
         for name, value in values.items():
-            if name not in types:
-                raise ValueError(f"{file}: unknown option {name!r}, expected one of {sorted(types)}")
-            allowed = get_args(types[name]) or (types[name],)
-            number = isinstance(value, int) and not isinstance(value, bool) and float in allowed
-            if not number and not any(type(value) is getattr(t, "__origin__", t) for t in allowed):
-                raise ValueError(f"{file}: {name} is {value!r}, expected {types[name]}")
+            _check_type(str(file), name, value)
         return values
 
     def to_toml(self) -> str:
         """Every option as a TOML file that :meth:`from_toml` reads back; None, always a default, is left out."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         return "".join(f"{name} = {_toml(value)}\n" for name, value in values.items())
+
+
+def _check_type(where: str, name: str, value: Any) -> None:
+    """Raises ValueError unless Options has such a field and the value is of its type; an integer is a float too."""
+    types = get_type_hints(Options)
+    if name not in types:
+        raise ValueError(f"{where}: unknown option {name!r}, expected one of {sorted(types)}")
+    allowed = get_args(types[name]) or (types[name],)
+    number = isinstance(value, int) and not isinstance(value, bool) and float in allowed
+    if not number and not any(type(value) is getattr(t, "__origin__", t) for t in allowed):
+        names = " or ".join(str(t) if hasattr(t, "__origin__") else t.__name__ for t in allowed)
+        raise ValueError(f"{where}: {name} is {value!r}, expected {names.replace('NoneType', 'None')}")
 
 
 def _toml(value: Any) -> str:
@@ -138,7 +155,7 @@ def evaluate(model: Model, params: Any, batches: Sequence[Batch]) -> float:
 def finetune(
     model: Model,
     params: Any,
-    examples: str | os.PathLike[str] | list[dict[str, Any]],
+    examples: data.Source,
     *,
     policy: Policy | None = None,
     resume: bool = True,
@@ -153,8 +170,16 @@ def finetune(
     and ends with the same bits as one that was never stopped; ``resume=False`` starts over. Raises ValueError for bad
     options or data, and for a checkpoint of a run with other options, data or weights.
     """
+    if unknown := sorted(set(options) - {field.name for field in dataclasses.fields(Options)}):
+        raise ValueError(f"finetune: unknown option {unknown[0]!r}, expected the fields of Options")
     o = Options(**options)
+    if model.tokenizer is None:
+        raise ValueError(
+            "finetune: this model has no tokenizer; load one with the model, or write the loop with make_step"
+        )
     output = Path(o.output)
+    if model.tokenizer is None:
+        raise ValueError("finetune: this model has no tokenizer; load one with the model")
     training, held_out = data.split(data.read_examples(examples), o.eval_fraction, o.seed)
     device = params.embed.device
     more = {"tokens": o.tokens, "train_on": o.train_on, "device": device, "progress": progress}
@@ -178,14 +203,17 @@ def finetune(
     identity["model"] = f"{model.source}, {tree.nbytes(params)} bytes of {params.embed.dtype}"
     newest = checkpoint.newest(output / "checkpoints") if resume else None
     if newest is not None:
-        (adapters, state), facts = checkpoint.load(newest, (adapters, state))
-        if facts["options"] != identity:
-            changed = sorted(k for k in identity if facts["options"].get(k) != identity[k])
+        facts = checkpoint.facts(newest)
+        made = facts.get("options") or {}
+        if changed := sorted(k for k in identity if made.get(k) != identity[k]):
             raise ValueError(
                 f"finetune: {newest} was made with another {' and '.join(changed)}; choose another output folder, "
                 "or do not resume (resume=False, --no-resume)"
             )
+        adapters, state = checkpoint.load(newest, (adapters, state))
         history = _read_metrics(output / "metrics.jsonl", facts["step"])
+    else:
+        checkpoint.clear(output / "checkpoints")  # of a run that is started over: they would pass for this one's
 
     output.mkdir(parents=True, exist_ok=True)
     (output / "run.toml").write_text(o.to_toml(), "utf-8")

@@ -151,6 +151,8 @@ def replace(tree: Tree, values: Mapping[Path, Any]) -> Tree:
             return value
         by_head.setdefault(path[0], {})[path[1:]] = value
     if isinstance(tree, tuple):
+        if beyond := [i for i in by_head if not (isinstance(i, int) and 0 <= i < len(tree))]:
+            raise ValueError(f"replace: no entry {beyond[0]!r} in a tuple of {len(tree)}")
         return tuple(replace(item, by_head[i]) if i in by_head else item for i, item in enumerate(tree))
     return dataclasses.replace(tree, **{str(h): replace(getattr(tree, str(h)), sub) for h, sub in by_head.items()})
 
@@ -188,8 +190,8 @@ def _rows(letters: str, dims: Mapping[str, int], parts: int) -> tuple[int, ...]:
     """``Q+2R`` over three names is (Q, R, R); over one name it is their sum."""
     rows: list[int] = []
     for term in letters.split("+"):
-        count, letter = _term(term)
-        rows += [dims[letter]] * count
+        count, size = _term(term, dims)
+        rows += [size] * count
     if parts == 1:
         return (sum(rows),)
     if len(rows) != parts:
@@ -198,12 +200,15 @@ def _rows(letters: str, dims: Mapping[str, int], parts: int) -> tuple[int, ...]:
 
 
 def _size(term: str, dims: Mapping[str, int]) -> int:
-    count, letter = _term(term)
-    return count * dims[letter]
+    count, size = _term(term, dims)
+    return count * size
 
 
-def _term(term: str) -> tuple[int, str]:
+def _term(term: str, dims: Mapping[str, int]) -> tuple[int, int]:
+    """``2F`` is (2, dims["F"])."""
     match = re.fullmatch(r"(\d*)([A-Z])", term)
     if match is None:
         raise ValueError(f"leaf: dimension {term!r}, expected a letter with an optional factor, such as 2F")
-    return int(match[1] or 1), match[2]
+    if match[2] not in dims:
+        raise ValueError(f"leaf: dimension {term!r}, expected one of the config's letters {sorted(dims)}")
+    return int(match[1] or 1), dims[match[2]]
