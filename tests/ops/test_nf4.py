@@ -21,6 +21,7 @@ SHAPES = st.tuples(st.sampled_from([1, 2, 3, 7, 16, 67]), st.sampled_from([1, 3,
 @given(shape=SHAPES, dtype=st.sampled_from(DTYPES), nested=st.booleans(), block=st.sampled_from([32, 64, 128]))
 @example(shape=(7, 61), dtype=torch.bfloat16, nested=True, block=64)  # odd length, ragged last block
 @example(shape=(131, 256), dtype=torch.float16, nested=True, block=64)  # 524 blocks: ragged nested blocks
+@example(shape=(16, 256), dtype=torch.bfloat16, nested=True, block=64)  # whole programs, no mask
 @example(shape=(0, 64), dtype=torch.float32, nested=False, block=64)
 def test_decoding_is_exact(shape, dtype, nested, block):
     """Any codes, any statistics: kernel, reference and the formula in float64 with its roundings agree bit for bit."""
