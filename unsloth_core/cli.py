@@ -245,7 +245,7 @@ def generate(
             typer.echo()
             messages.append({"role": "assistant", "content": "".join(pieces)})
 
-        interactive = prompt is None and sys.stdin.isatty()
+        interactive = prompt is None and _on_a_terminal()
         try:
             if interactive:
                 _say("Ctrl-C stops an answer, Ctrl-D ends the chat.")
@@ -256,6 +256,10 @@ def generate(
         except KeyboardInterrupt:
             typer.echo()
             raise typer.Exit(INTERRUPTED) from None
+
+
+def _on_a_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def _lines() -> Iterator[str]:
