@@ -33,10 +33,10 @@ OPTIONS = st.fixed_dictionaries(
 
 @contextlib.contextmanager
 def small_chunks():
-    """About 4 tokens per chunk (6 with a trainable head) and tiles of 32 lanes: several of everything."""
+    """About 2 tokens per chunk (3 with a trainable head) and tiles of 32 lanes: several of everything."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK_LOGITS", 4 * 200)
-        patch.setattr(module, "TRAINABLE_ROWS", 6)
+        patch.setattr(module, "CHUNK_LOGITS", 2 * 200)
+        patch.setattr(module, "TRAINABLE_ROWS", 3)
         patch.setattr(pass_module, "TWO_PASS_LANES", 32)
         yield
 
@@ -59,7 +59,7 @@ def example(N, D, V, dtype, seed, padded, ignore_index=-100):
 
 
 @given(
-    N=st.sampled_from([3, 7]),
+    N=st.sampled_from([2, 5]),
     D=st.sampled_from([8, 24]),
     V=st.sampled_from([3, 64, 211]),
     dtype=st.sampled_from(DTYPES),
@@ -70,8 +70,10 @@ def example(N, D, V, dtype, seed, padded, ignore_index=-100):
 )
 def test_op_rule(N, D, V, dtype, options, padded, trainable, seed):
     args = example(N, D, V, dtype, seed, padded, options.get("ignore_index", -100))
+    frozen = (lambda path: False) if trainable else (lambda path: path == "1")
+    # Factor 3: the cotangent is applied after the products, which rounds once more than PyTorch does.
     with small_chunks():
-        check_op(linear_cross_entropy, args, options, seed=seed, frozen=lambda path: path == "1" and not trainable)
+        check_op(linear_cross_entropy, args, options, seed=seed, frozen=frozen, factor=3.0)
 
 
 @pytest.mark.parametrize(("N", "D", "V"), [(0, 3, 5), (1, 1, 1), (5, 1, 2)])
@@ -85,7 +87,7 @@ def test_strides():
     x, w, targets = (rand((9, 8), seed=1), rand((70, 8), seed=2), example(9, 8, 70, torch.float32, 3, None)[2])
     spread = torch.stack([targets, targets], dim=1)[:, 0]
     with small_chunks():
-        check_op(linear_cross_entropy, (strided(x), strided(w), spread))
+        check_op(linear_cross_entropy, (strided(x), strided(w), spread), factor=3.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -96,7 +96,11 @@ def _sum_kernel(losses_ptr, out_ptr, M, BLOCK: tl.constexpr):
 def _by_rows(M: int, D: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and launch parameters of a kernel that walks M rows of D elements."""
     BLOCK = min(4096, triton.next_power_of_2(D))
-    return (M, triton.cdiv(D, BLOCK)), {"BLOCK": BLOCK, "num_warps": min(8, max(1, BLOCK // 512))}
+    return (M, triton.cdiv(D, BLOCK)), {
+        "BLOCK": BLOCK,
+        "num_warps": min(8, max(1, BLOCK // 512)),
+        "enable_fp_fusion": False,
+    }
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
@@ -204,7 +208,7 @@ def linear_cross_entropy_fwd(
         if need_w:
             _product(z.t(), x, w_grad, add=start > 0)
     loss = empty(dtype=torch.float32)
-    launch(_sum_kernel, (1,), losses, loss, M, BLOCK=1024, num_warps=8)
+    launch(_sum_kernel, (1,), losses, loss, M, BLOCK=1024, num_warps=8, enable_fp_fusion=False)
     if not (need_x or need_w):
         return loss, ABSENT
     carries_N = ABSENT if rows_M is ABSENT else empty(N, 0)
