@@ -1,30 +1,35 @@
 """Attention over packed segments: flash forward, and a deterministic backward in two kernels.
 
 Formula, for query row i and key row j of the same segment, query head h and key head g = h // (H / G):
-    S = scale · q·kᵀ;  S ← softcap · tanh(S / softcap);  lse = log Σ_visible e^S;  P = e^(S − lse);  o = P·v
+    S = scale · q·kᵀ;  S ← softcap · tanh(S / softcap);  lse = log Σ_visible e^S;  P = e^(S − lse);  o = P·v.
 Backward:
-    Δ = Σ o∘do − dlse;  dv = Pᵀ·do;  dS = P∘(do·vᵀ − Δ)∘(1 − (S / softcap)²);  dq = scale · dS·k;  dk = scale · dSᵀ·q
+    Δ = Σ o∘do − dlse;  dv = Pᵀ·do;  dS = P∘(do·vᵀ − Δ)∘(1 − (S / softcap)²);
+    dq = scale · dS·k;  dk = scale · dSᵀ·q.
 
-Every mask is an interval. Query and key of a segment are aligned at their ends, so the key on the diagonal of query row i
-is row i + (kv_end − q_end). The keys that row i sees are [lo, hi), where causal lowers hi to just behind the diagonal and a
-window raises lo to W − 1 before it; and the queries that see a key row are an interval by the same formula, mirrored. Both
-bounds never decrease from row to row of the packed buffer, so a tile of rows meets one range of partners: blocks in the
-middle of it need no mask, blocks at its two ends do. Causal or not, windows, packing, chunked prefill and decoding from a
-cache of static capacity are therefore one code path, and each program finds its own bounds by a binary search of log2(S)
-steps. Rows in no segment, or with nothing visible, give o = 0, lse = −inf and no gradient. Rows of k and v that lie in the
-gaps between segments are never visible, but must be finite (0 · NaN is NaN).
+Every mask is an interval. Query and key of a segment are aligned at their ends, so the key on the diagonal of
+query row i is row i + (kv_end − q_end). The keys that row i sees are [lo, hi), where causal lowers hi to just
+behind the diagonal and a window raises lo to W − 1 before it; and the queries that see a key row are an
+interval by the same formula, mirrored. Both bounds never decrease from row to row of the packed buffer, so a
+tile of rows meets one range of partners: blocks in the middle of it need no mask, blocks at its two ends do.
+Causal or not, windows, packing, chunked prefill and decoding from a cache of static capacity are therefore
+one code path, and each program finds its own bounds by a binary search of log2(S) steps. Rows in no segment,
+or with nothing visible, give o = 0, lse = −inf and no gradient. Rows of k and v that lie in the gaps between
+segments are never visible, but must be finite (0 · NaN is NaN).
 
-Few queries per segment (decoding): the query heads of one key head become rows of the same tile, so a cache row is read
-once for all of them, and the keys are split over programs whose partial results are merged in a fixed order.
+Few queries per segment (decoding): the query heads of one key head become rows of the same tile, so a cache
+row is read once for all of them, and the keys are split over programs whose partial results are merged in a
+fixed order.
 
-Residuals: q, k, v and both segments (arguments), o (an output), lse (an output if asked for, else 4·N·H new bytes).
-Dtype: fp16, bf16 or fp32 in and out; products, softmax and sums in fp32, P and dS rounded to the input's dtype for their
-products; lse fp32. fp32 inputs are multiplied exactly (no tf32). Any token and head stride, no copies.
-Bytes (b per element): forward fused (2·N·H + 2·M·G)·K·b; unfused 2·N·M·H·(4 + b) more. Backward needs 8·N·H scratch bytes.
-Limits: head size 1 to 256, the same for q, k and v; double backward raises.
+Residuals: q, k, v and both segments (arguments), o (an output), lse (an output if asked for, else 4·N·H new
+bytes). Dtype: fp16, bf16 or fp32 in and out; products, softmax and sums in fp32, P and dS rounded to the
+input's dtype for their products; lse fp32. fp32 inputs are multiplied exactly (no tf32). Any strides, no
+copies: blocks of aligned 16-bit heads go through tensor descriptors (Hopper's copy engine), all others
+through pointers. Bytes (b per element): forward fused (2·N·H + 2·M·G)·K·b; unfused 2·N·M·H·(4 + b) more.
+Backward needs 8·N·H scratch. Limits: head size 1 to 256, the same for q, k and v; double backward raises.
 
-Sources of the ideas: online softmax (Milakov and Gimelshein 2018), FlashAttention-2 (Dao 2023) for the two-kernel backward
-and the loop order, Flash-Decoding (Dao et al. 2023) for split keys, base-2 exponentials throughout.
+Sources of the ideas: online softmax (Milakov and Gimelshein 2018), FlashAttention-2 (Dao 2023) for the
+two-kernel backward and the loop order, Flash-Decoding (Dao et al. 2023) for split keys, base-2 exponentials
+throughout.
 """
 
 from collections.abc import Sequence
@@ -44,9 +49,7 @@ from .language import cast, dot
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(
-    -3.4028234663852886e38
-)  # finite, so that a fully masked row never computes −inf − (−inf)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a fully masked row never computes −inf − (−inf)
 
 
 class Tiles(NamedTuple):
@@ -58,10 +61,9 @@ class Tiles(NamedTuple):
     stages: int
     maxnreg: int | None = None
 
-    def options(self) -> dict[str, int | bool | None]:
-        options: dict[str, int | bool | None] = {
-            "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True
-        }  # fmt: skip
+    def options(self) -> dict[str, int | bool]:
+        """Launch options."""
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
         return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
 
 
@@ -74,46 +76,55 @@ class Launch(NamedTuple):
     dq: Tiles
 
 
-# By (device class, largest head size). Shared memory per program: 227 KiB on sm_90 and sm_100, 163 KiB on sm_80, 99 KiB on
-# sm_86, sm_89 and sm_120. fp32 products run on scalar units everywhere, so their tiles are bounded by registers instead.
-TABLE: dict[tuple[str, int], Launch] = {
+# Columns: forward, decode, dkdv, dq. Shared memory per program: 227 KiB on sm_90 and sm_100, 163 KiB on
+# sm_80, 99 KiB on sm_86, sm_89 and sm_120 ("small"). fp32 products run on scalar units, so registers bound
+# their tiles.
+# fmt: off
+TABLE: dict[tuple[str, int], Launch] = {  # by device class and largest head size
     ("sm_90", 64): Launch(
-        Tiles(128, 128, 8, 2, 128), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)
+        Tiles(128, 64, 8, 2, 128), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)
     ),
     ("sm_90", 128): Launch(
         Tiles(128, 64, 8, 2, 128), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
     ),
     ("sm_90", 256): Launch(
-        Tiles(128, 64, 8, 2), Tiles(16, 64, 4, 2), Tiles(64, 64, 8, 1), Tiles(64, 64, 4, 2)
+        Tiles(128, 64, 8, 2), Tiles(16, 64, 4, 2), Tiles(32, 64, 8, 2), Tiles(128, 32, 8, 2)
     ),
     ("sm_80", 64): Launch(
-        Tiles(128, 64, 4, 2), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
-    ),
-    ("sm_80", 128): Launch(
         Tiles(128, 64, 8, 2), Tiles(16, 64, 4, 3), Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 2)
     ),
+    ("sm_80", 128): Launch(
+        Tiles(128, 32, 8, 2), Tiles(16, 64, 4, 3), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2)
+    ),
     ("sm_80", 256): Launch(
-        Tiles(64, 32, 4, 2), Tiles(16, 64, 4, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 8, 2)
+        Tiles(64, 32, 8, 2), Tiles(16, 64, 4, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 8, 2)
     ),
     ("small", 64): Launch(
-        Tiles(128, 64, 4, 2), Tiles(16, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
+        Tiles(128, 64, 8, 2), Tiles(16, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2)
     ),
     ("small", 128): Launch(
         Tiles(128, 32, 8, 2), Tiles(16, 64, 4, 2), Tiles(32, 64, 8, 2), Tiles(64, 32, 4, 2)
     ),
     ("small", 256): Launch(
-        Tiles(64, 32, 4, 1), Tiles(16, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(64, 32, 8, 1)
+        Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 2), Tiles(32, 32, 8, 1), Tiles(64, 32, 8, 1)
     ),
-    ("fp32", 64): Launch(Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-    ("fp32", 128): Launch(Tiles(32, 32, 8, 1), Tiles(16, 32, 4, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-    ("fp32", 256): Launch(Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1)),
+    ("fp32", 64): Launch(
+        Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)
+    ),
+    ("fp32", 128): Launch(
+        Tiles(32, 32, 8, 1), Tiles(16, 32, 4, 1), Tiles(32, 32, 8, 1), Tiles(32, 16, 8, 1)
+    ),
+    ("fp32", 256): Launch(
+        Tiles(32, 16, 8, 1), Tiles(16, 16, 4, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1)
+    ),
 }
-# Small and unequal, so that a test of a hundred tokens walks several blocks in both directions.
-INTERPRETED = Launch(Tiles(32, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1))
+# fmt: on
+# Unequal, and small enough that a test of a hundred tokens walks several blocks in both directions.
+INTERPRETED = Launch(Tiles(64, 32, 4, 1), Tiles(16, 16, 4, 1), Tiles(32, 64, 4, 1), Tiles(64, 32, 4, 1))
 
 
 def configurations(capability: tuple[int, int]) -> dict[tuple[torch.dtype, int], Launch]:
-    """Every (dtype, largest head size) of the launch table for a device: what has to be run once on each new GPU."""
+    """The launch table of a device by (dtype, largest head size): what has to be run once on each new GPU."""
     return {
         (dtype, size): _launch(dtype, size, capability)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -138,7 +149,8 @@ def _partners(
     row, starts, ends, other_starts, other_ends, S, other_rows, window,
     STEPS: tl.constexpr, CAUSAL: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """``[lo, hi)``: rows of the other side that ``row`` may meet (keys a query sees, or queries that see a key)."""
+    """``[lo, hi)``: rows of the other side that ``row`` may meet (keys a query sees, or queries that see a
+    key)."""
     s = tl.zeros_like(row)  # how many segments start at or before the row; STEPS is the bit length of S
     for j in tl.static_range(STEPS):
         probe = s + (1 << (STEPS - 1 - j))
@@ -169,8 +181,8 @@ def _partners(
 
 @triton.jit
 def _blocks(lo, hi, begin, end, B: tl.constexpr):
-    """Cut [begin, end) into blocks of B. Those that all rows see whole start at ``first`` (``full`` of them); ``left``
-    blocks before them and the rest behind them, together ``partial``, need the mask."""
+    """Cut [begin, end) into blocks of B: ``full`` of them from ``first`` on, which every row of the tile sees
+    whole, and ``partial``, which need the mask: ``left`` before those and the rest behind."""
     left = tl.cdiv(tl.minimum(tl.maximum(tl.max(lo, 0), begin), end) - begin, B)
     first = begin + left * B
     full = tl.maximum(tl.minimum(tl.min(hi, 0), end) - first, 0) // B
@@ -181,7 +193,8 @@ def _blocks(lo, hi, begin, end, B: tl.constexpr):
 @triton.jit
 def _source(base, rows, row_stride, head_stride, HEADS: tl.constexpr, HEAD: tl.constexpr,
             B: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """What :func:`_tile` reads blocks of B rows from: a pointer, or a descriptor in which heads are column ranges."""
+    """What :func:`_tile` reads blocks of B rows from: a pointer, or a descriptor in which heads are column
+    ranges."""
     if TMA:
         columns = (HEADS - 1) * head_stride + HEAD
         return tl.make_tensor_descriptor(base, [rows, columns], [row_stride, 1], [B, WIDTH])
@@ -192,8 +205,8 @@ def _source(base, rows, row_stride, head_stride, HEADS: tl.constexpr, HEAD: tl.c
 @triton.jit
 def _tile(source, row, rows, head, row_stride, head_stride, stride, HEAD: tl.constexpr, FIRST: tl.constexpr,
           B: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """Rows [row, row + B), channels [FIRST, FIRST + WIDTH) of one head; zeros beyond HEAD and beyond ``rows``, which are
-    looked for only with MASK."""
+    """Rows [row, row + B), channels [FIRST, FIRST + WIDTH) of one head; 0 beyond HEAD and, with MASK, beyond
+    ``rows``."""
     if TMA:
         return source.load([row, head * head_stride + FIRST])
     else:
@@ -211,15 +224,24 @@ def _tile(source, row, rows, head, row_stride, head_stride, stride, HEAD: tl.con
 
 
 @triton.jit
+def _statistic(source, head, row, P, B: tl.constexpr, TMA: tl.constexpr):
+    """Rows [row, row + B) of one head of lse or Δ. No mask: the buffers of length P go on behind the last
+    row."""
+    if TMA:
+        return source.load([head, row]).reshape([B])
+    else:
+        return tl.load(source + head.to(tl.int64) * P + row + tl.arange(0, B))
+
+
+@triton.jit
 def _first(base, row, rows, head, row_stride, head_stride, stride, HEADS: tl.constexpr, HEAD: tl.constexpr,
            B: tl.constexpr, FOLD: tl.constexpr, PER: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
            TMA: tl.constexpr):  # fmt: skip
-    """The tile that a program keeps: rows [row, row + B) of ``head``, or of the PER heads from it on as B × FOLD rows."""
+    """The tile a program keeps: rows [row, row + B) of ``head``, or of PER heads from it on, as B × FOLD
+    rows."""
     if FOLD == 1:
         source = _source(base, rows, row_stride, head_stride, HEADS, HEAD, B, WIDTH, TMA)
-        return _tile(
-            source, row, rows, head, row_stride, head_stride, stride, HEAD, FIRST, B, WIDTH, True, TMA
-        )
+        return _tile(source, row, rows, head, row_stride, head_stride, stride, HEAD, FIRST, B, WIDTH, True, TMA)
     else:
         r, channel = tl.arange(0, B * FOLD), FIRST + tl.arange(0, WIDTH)
         base += row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride
@@ -239,7 +261,7 @@ def _put(base, offset, ok, x, HEAD: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl
 
 @triton.jit
 def _product(a, a2, b, b2, K2: tl.constexpr):
-    """a·bᵀ over the whole head, in the two pieces it is stored in (96 = 64 + 32 wastes nothing, one piece of 128 would)."""
+    """a·bᵀ over the whole head, in one piece or two (96 = 64 + 32 wastes nothing, a piece of 128 would)."""
     s = dot(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), tl.float32))
     if K2 > 0:
         s = dot(a2, tl.trans(b2), s)
@@ -255,7 +277,8 @@ def _tanh(x):
 
 @triton.jit
 def _probability(s, factor, lse, EXACT: tl.constexpr):
-    """e^(s·factor − lse) in base 2; for 16-bit inputs with one multiply-add per score, for fp32 with one rounding less."""
+    """e^(s·factor − lse) in base 2: one multiply-add per score for 16-bit inputs, one rounding less for
+    fp32."""
     if EXACT:
         return tl.exp2((s * factor - lse) * LOG2E)
     else:
@@ -284,9 +307,7 @@ def _forward(
     r = tl.arange(0, BM)
     row, member = token + r // FOLD, r % FOLD
     ok = (row < N) & (member < PER)
-    lo, hi = _partners(
-        tl.minimum(row, N - 1), q_starts, q_ends, kv_starts, kv_ends, S, M, window, STEPS, CAUSAL, False
-    )
+    lo, hi = _partners(tl.minimum(row, N - 1), q_starts, q_ends, kv_starts, kv_ends, S, M, window, STEPS, CAUSAL, False)
     begin, end = tl.min(lo, 0), tl.max(hi, 0)
     if SPLITS > 1:
         share = tl.cdiv(tl.cdiv(end - begin, BN), SPLITS) * BN
@@ -325,9 +346,7 @@ def _forward(
                 s = _tanh(s * inner)
                 factor = outer * LOG2E
             if masked:
-                visible = ((n + c)[None, :] >= lo[:, None]) & (
-                    (n + c)[None, :] < tl.minimum(hi, end)[:, None]
-                )
+                visible = ((n + c)[None, :] >= lo[:, None]) & ((n + c)[None, :] < tl.minimum(hi, end)[:, None])
                 s = tl.where(visible, s * factor, float("-inf"))
                 top = tl.maximum(m, tl.max(s, 1))
                 p = tl.exp2(s - top[:, None])
@@ -361,7 +380,8 @@ def _forward(
 
 @triton.jit
 def _merge(PO, PL, O, L, rows, HEAD: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
-    """One row of o from its SPLITS normalised parts: L = log Σ e^(Lᵢ), o = Σ e^(Lᵢ − L)·oᵢ, always in the same order."""
+    """One row of o from its SPLITS normalised parts, in fixed order: L = log Σ e^(Lᵢ), o = Σ e^(Lᵢ −
+    L)·oᵢ."""
     row = tl.program_id(0).to(tl.int64)
     part, channel = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
     lse = tl.load(PL + part * rows + row) * LOG2E
@@ -370,9 +390,7 @@ def _merge(PO, PL, O, L, rows, HEAD: tl.constexpr, WIDTH: tl.constexpr, SPLITS: 
     total = tl.sum(weight, 0)
     empty = total == 0
     total = tl.where(empty, 1.0, total)
-    o = tl.load(
-        PO + (part * rows + row)[:, None] * HEAD + channel[None, :], mask=(channel < HEAD)[None, :], other=0.0
-    )
+    o = tl.load(PO + (part * rows + row)[:, None] * HEAD + channel[None, :], mask=(channel < HEAD)[None, :], other=0.0)
     o = tl.sum(o * weight[:, None], 0) / total
     tl.store(O + row * HEAD + channel, cast(o, O.dtype.element_ty), mask=channel < HEAD)
     if L is not None:
@@ -381,42 +399,42 @@ def _merge(PO, PL, O, L, rows, HEAD: tl.constexpr, WIDTH: tl.constexpr, SPLITS: 
 
 @triton.jit
 def _delta(
-    O, DO, LSE, DLSE, LSE_H, DELTA, N, o_n, o_h, o_k, do_n, do_h, do_k, l_n, l_h, dl_n, dl_h,
+    O, DO, LSE, DLSE, LSE_H, DELTA, N, P, o_n, o_h, o_k, do_n, do_h, do_k, l_n, l_h, dl_n, dl_h,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Δ = Σ o∘do − dlse, and lse again, both (H, N) so that backward reads them in rows; lse is +inf for rows that see
-    nothing, whose P = e^(S − inf) is then 0 whatever S is."""
+    """Δ = Σ o∘do − dlse, and lse again, both (H, N) so that backward reads them in rows; lse is +inf for rows
+    that see nothing, whose P = e^(S − inf) is then 0 whatever S is."""
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * B + tl.arange(0, B)
     ok, wide = row < N, row.to(tl.int64)
     channel = tl.arange(0, WIDTH)
     mask = ok[:, None] & (channel < HEAD)[None, :]
-    o = tl.load(O + head * o_h + (wide * o_n)[:, None] + (channel * o_k)[None, :], mask=mask, other=0.0).to(
+    o = tl.load(O + head * o_h + (wide * o_n)[:, None] + (channel * o_k)[None, :], mask=mask, other=0.0).to(tl.float32)
+    do = tl.load(DO + head * do_h + (wide * do_n)[:, None] + (channel * do_k)[None, :], mask=mask, other=0.0).to(
         tl.float32
     )
-    do = tl.load(
-        DO + head * do_h + (wide * do_n)[:, None] + (channel * do_k)[None, :], mask=mask, other=0.0
-    ).to(tl.float32)
     delta = tl.sum(o * do, 1)
     if DLSE is not None:
         delta -= tl.load(DLSE + wide * dl_n + head * dl_h, mask=ok, other=0.0).to(tl.float32)
-    lse = tl.load(LSE + wide * l_n + head * l_h, mask=ok, other=0.0)
+    lse = tl.load(LSE + wide * l_n + head * l_h, mask=ok, other=float("-inf"))
     empty = lse == float("-inf")
-    tl.store(LSE_H + head * N + row, tl.where(empty, float("inf"), lse), mask=ok)
-    tl.store(DELTA + head * N + row, tl.where(empty, 0.0, delta), mask=ok)
+    tl.store(LSE_H + head * P + row, tl.where(empty, float("inf"), lse))
+    tl.store(DELTA + head * P + row, tl.where(empty, 0.0, delta))
 
 
 @triton.jit(do_not_specialize=["inner", "outer", "scale"])
 def _dkdv(
-    Q, K, V, DO, LSE, DELTA, DK, DV, q_starts, q_ends, kv_starts, kv_ends, S, N, M,
+    Q, K, V, DO, LSE, DELTA, P, DK, DV, q_starts, q_ends, kv_starts, kv_ends, S, N, M,
     q_n, q_h, q_k, k_m, k_g, k_k, v_m, v_g, v_k, do_n, do_h, do_k, inner, outer, scale, window,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr, NEGATE: tl.constexpr, TMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
+    CAUSAL: tl.constexpr, NEGATE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (either may be None) of BN key rows of one key head: loops over its query heads and the rows that see it.
+    """dk and dv (either may be None) of BN key rows of one key head: loops over its query heads and the rows
+    that see it.
 
-    Scores are computed transposed, K·Qᵀ, so that Pᵀ and dSᵀ are results of a product as they stand: transposing a result
-    serialises Hopper's matrix units and was miscompiled by several Triton versions.
+    Scores are computed transposed, K·Qᵀ, so that Pᵀ and dSᵀ are results of a product as they stand:
+    transposing a result serialises Hopper's matrix units and was miscompiled by several Triton versions.
     """
     W2: tl.constexpr = K2 if K2 > 0 else 16
     program = tl.program_id(0)
@@ -427,13 +445,18 @@ def _dkdv(
     lo, hi = _partners(
         tl.minimum(n + c, M - 1), kv_starts, kv_ends, q_starts, q_ends, S, N, window, STEPS, CAUSAL, True
     )
-    begin, end = tl.min(lo, 0), tl.max(hi, 0)
+    begin, end = tl.min(lo, 0) // 4 * 4, tl.max(hi, 0)  # a descriptor's columns start at multiples of 16 bytes
     first, full, left, partial = _blocks(lo, hi, begin, end, BM)
 
     k = _first(K, n, M, group, k_m, k_g, k_k, GROUPS, HEAD, BN, 1, 1, 0, K1, TMA)
     v = _first(V, n, M, group, v_m, v_g, v_k, GROUPS, HEAD, BN, 1, 1, 0, K1, TMA)
     q_from = _source(Q, end, q_n, q_h, GROUPS * GROUP, HEAD, BM, K1, TMA)
     do_from = _source(DO, end, do_n, do_h, GROUPS * GROUP, HEAD, BM, K1, TMA)
+    if TMA:
+        lse_from = tl.make_tensor_descriptor(LSE, [GROUPS * GROUP, P], [P, 1], [1, BM])
+        delta_from = tl.make_tensor_descriptor(DELTA, [GROUPS * GROUP, P], [P, 1], [1, BM])
+    else:
+        lse_from, delta_from = LSE, DELTA
     k2, v2, q_from2, do_from2 = k, v, q_from, do_from
     if K2 > 0:
         k2 = _first(K, n, M, group, k_m, k_g, k_k, GROUPS, HEAD, BN, 1, 1, K1, K2, TMA)
@@ -446,20 +469,18 @@ def _dkdv(
     dk2, dv2 = tl.zeros((BN, W2), tl.float32), tl.zeros((BN, W2), tl.float32)
     for member in tl.range(0, GROUP):
         head = group * GROUP + member
-        at = head.to(tl.int64) * N
         for masked in tl.static_range(2):
             for j in tl.range(0, partial if masked else full):
                 i = first + j * BM
                 if masked:
                     i = tl.where(j < left, begin + j * BM, first + (full + j - left) * BM)
-                seen = i + r < end
                 q = _tile(q_from, i, end, head, q_n, q_h, q_k, HEAD, 0, BM, K1, masked, TMA)
                 do = _tile(do_from, i, end, head, do_n, do_h, do_k, HEAD, 0, BM, K1, masked, TMA)
                 q2, do2 = q, do
                 if K2 > 0:
                     q2 = _tile(q_from2, i, end, head, q_n, q_h, q_k, HEAD, K1, BM, K2, masked, TMA)
                     do2 = _tile(do_from2, i, end, head, do_n, do_h, do_k, HEAD, K1, BM, K2, masked, TMA)
-                lse = tl.load(LSE + at + i + r, mask=seen, other=float("inf"))
+                lse = _statistic(lse_from, head, i, P, BM, TMA)
                 s = _product(k, k2, q, q2, K2)
                 if NEGATE:
                     s = -s
@@ -470,16 +491,16 @@ def _dkdv(
                 p = _probability(s, factor, lse[None, :], Q.dtype.element_ty == tl.float32)
                 if masked:
                     p = tl.where(((i + r)[None, :] >= lo[:, None]) & ((i + r)[None, :] < hi[:, None]), p, 0.0)
+                weight = cast(p, Q.dtype.element_ty)
+                if outer is not None:
+                    p = p * (1.0 - s * s)  # at once: s need not live on
                 if DV is not None:
-                    p16 = cast(p, Q.dtype.element_ty)
-                    dv = dot(p16, do, dv)
+                    dv = dot(weight, do, dv)
                     if K2 > 0:
-                        dv2 = dot(p16, do2, dv2)
+                        dv2 = dot(weight, do2, dv2)
                 if DK is not None:
-                    delta = tl.load(DELTA + at + i + r, mask=seen, other=0.0)
+                    delta = _statistic(delta_from, head, i, P, BM, TMA)
                     ds = p * (_product(v, v2, do, do2, K2) - delta[None, :])
-                    if outer is not None:
-                        ds = ds * (1.0 - s * s)
                     ds = cast(ds, Q.dtype.element_ty)
                     dk = dot(ds, q, dk)
                     if K2 > 0:
@@ -498,10 +519,11 @@ def _dkdv(
 
 @triton.jit(do_not_specialize=["inner", "outer", "scale"])
 def _dq(
-    Q, K, V, DO, LSE, DELTA, DQ, q_starts, q_ends, kv_starts, kv_ends, S, N, M,
+    Q, K, V, DO, LSE, DELTA, P, DQ, q_starts, q_ends, kv_starts, kv_ends, S, N, M,
     q_n, q_h, q_k, k_m, k_g, k_k, v_m, v_g, v_k, do_n, do_h, do_k, inner, outer, scale, window,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexpr, NEGATE: tl.constexpr, TMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
+    CAUSAL: tl.constexpr, NEGATE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dq of BM query rows of one head: loops over the keys they see."""
     W2: tl.constexpr = K2 if K2 > 0 else 16
@@ -527,9 +549,8 @@ def _dq(
         do2 = _first(DO, i, N, head, do_n, do_h, do_k, HEADS, HEAD, BM, 1, 1, K1, K2, TMA)
         k_from2 = _source(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K2, TMA)
         v_from2 = _source(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K2, TMA)
-    at = head.to(tl.int64) * N + i
-    lse = tl.load(LSE + at + r, mask=ok, other=float("inf"))
-    delta = tl.load(DELTA + at + r, mask=ok, other=0.0)
+    lse = _statistic(LSE, head, i, P, BM, False)
+    delta = _statistic(DELTA, head, i, P, BM, False)
 
     c = tl.arange(0, BN)
     dq, dq2 = tl.zeros((BM, K1), tl.float32), tl.zeros((BM, W2), tl.float32)
@@ -554,10 +575,9 @@ def _dq(
             p = _probability(s, factor, lse[:, None], Q.dtype.element_ty == tl.float32)
             if masked:
                 p = tl.where(((n + c)[None, :] >= lo[:, None]) & ((n + c)[None, :] < hi[:, None]), p, 0.0)
-            ds = p * (_product(do, do2, v, v2, K2) - delta[:, None])
             if outer is not None:
-                ds = ds * (1.0 - s * s)
-            ds = cast(ds, Q.dtype.element_ty)
+                p = p * (1.0 - s * s)
+            ds = cast(p * (_product(do, do2, v, v2, K2) - delta[:, None]), Q.dtype.element_ty)
             dq = dot(ds, k, dq)
             if K2 > 0:
                 dq2 = dot(ds, k2, dq2)
@@ -584,11 +604,12 @@ def attention_fwd(
 ) -> tuple[Tensor | tuple[Tensor, Tensor], Tree]:
     """Attention of every query row over the visible keys of the segment with the same index.
 
-    ``q_NHK`` (N, H, K), ``k_MGK`` and ``v_MGK`` (M, G, K): fp16, bf16 or fp32, any strides; H a multiple of G. ``scale``:
-    default K**-0.5. A query's position counts from the end: the last query row of a segment stands at its last key row.
-    ``causal``: keys up to that position. ``window`` W: only keys whose position is greater than the query's minus W.
-    Returns ``o_NHK`` in q's dtype, and with ``return_lse`` also ``lse_NH`` (natural logarithm, fp32), which takes part in
-    the gradient. Raises ValueError for shapes, dtypes, devices or statics that do not fit.
+    ``q_NHK`` (N, H, K), ``k_MGK`` and ``v_MGK`` (M, G, K): fp16, bf16 or fp32, any strides; H a multiple of
+    G. ``scale``: default K**-0.5. A query's position counts from the end: the last query row of a segment
+    stands at its last key row. ``causal``: keys up to that position. ``window`` W: only keys whose position
+    is greater than the query's minus W. Returns ``o_NHK`` in q's dtype, and with ``return_lse`` also
+    ``lse_NH`` (natural logarithm, fp32), which takes part in the gradient. Raises ValueError for shapes,
+    dtypes, devices or statics that do not fit.
     """
     _check(q_NHK, k_MGK, v_MGK, q_segments, kv_segments, window, softcap)
     (N, H, K), (M, G, _) = q_NHK.shape, k_MGK.shape
@@ -619,9 +640,7 @@ def attention_fwd(
         _by_tma(q_NHK, k_MGK, v_MGK), **tiles.options(),
     )  # fmt: skip
     if splits > 1:
-        device.launch(
-            _merge, (N * H,), to, to_lse, o, lse, N * H, K, triton.next_power_of_2(K), splits, num_warps=1
-        )
+        device.launch(_merge, (N * H,), to, to_lse, o, lse, N * H, K, triton.next_power_of_2(K), splits, num_warps=1)
     out = (o, lse) if return_lse else o
     return out, (q_NHK, k_MGK, v_MGK, o, ABSENT if lse is None else lse, q_segments, kv_segments)
 
@@ -637,7 +656,8 @@ def attention_bwd(
     softcap: float | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tree, Tree]:
-    """``(dq, dk, dv, ABSENT, ABSENT)``: three kernels at most, Δ, then dk with dv, then dq, each only if needed."""
+    """``(dq, dk, dv, ABSENT, ABSENT)`` from three kernels: Δ, then dk with dv, then dq; the last two if
+    needed."""
     q, k, v, o, lse, q_segments, kv_segments = residuals
     (N, H, K), (M, G, _) = q.shape, k.shape
     where, group = q.device, H // G
@@ -650,28 +670,28 @@ def attention_bwd(
     strides = (*q.stride(), *k.stride(), *v.stride(), *do.stride())
     steps = q_segments.starts_S.shape[0].bit_length()
 
-    lse_h = torch.empty((H, N), dtype=torch.float32, device=where)
-    delta = torch.empty((H, N), dtype=torch.float32, device=where)
+    P = triton.cdiv(N, 64) * 64 + 128  # a tile starts at any row and is at most 128 long
+    lse_h = torch.empty((H, P), dtype=torch.float32, device=where)
+    delta = torch.empty((H, P), dtype=torch.float32, device=where)
     device.launch(
-        _delta, (triton.cdiv(N, 64), H), o, do, lse, dlse if dlse is not ABSENT else None, lse_h, delta, N,
+        _delta, (P // 64, H), o, do, lse, dlse if dlse is not ABSENT else None, lse_h, delta, N, P,
         *o.stride(), *do.stride(), *lse.stride(), *(dlse.stride() if dlse is not ABSENT else (0, 0)),
         K, triton.next_power_of_2(K), 64, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     dq, dk, dv = (
-        torch.empty(t.shape, dtype=t.dtype, device=where) if n else None
-        for t, n in zip((q, k, v), needs, strict=False)
+        torch.empty(t.shape, dtype=t.dtype, device=where) if n else None for t, n in zip((q, k, v), needs, strict=False)
     )
     if needs[1] or needs[2]:
         tiles = launch.dkdv
         device.launch(
-            _dkdv, (triton.cdiv(M, tiles.keys) * G,), q, k, v, do, lse_h, delta, dk, dv, *segments, *strides,
+            _dkdv, (triton.cdiv(M, tiles.keys) * G,), q, k, v, do, lse_h, delta, P, dk, dv, *segments, *strides,
             inner, outer, scale, window, G, group, K, *_pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
             _by_tma(q, k, v, do), **tiles.options(),
         )  # fmt: skip
     if needs[0]:
         tiles = launch.dq
         device.launch(
-            _dq, (triton.cdiv(N, tiles.queries) * H,), q, k, v, do, lse_h, delta, dq, *segments, *strides,
+            _dq, (triton.cdiv(N, tiles.queries) * H,), q, k, v, do, lse_h, delta, P, dq, *segments, *strides,
             inner, outer, scale, window, H, group, K, *_pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
             _by_tma(q, k, v, do), **tiles.options(),
         )  # fmt: skip
@@ -692,7 +712,7 @@ def cost(
     window: int | None = None,
     backward: bool = False,
 ) -> Cost:
-    """Forward (or backward) over segments of ``(queries, keys)`` rows. Only visible pairs count: 2 products forward, 5 back."""
+    """Over segments of ``(queries, keys)`` rows. Only visible pairs count: 2 products forward, 5 backward."""
     pairs = 0
     for queries, keys in lengths:
         ends = range(keys - queries, keys)  # positions of the queries
@@ -712,14 +732,15 @@ def _triangle(positions: range) -> int:
 
 
 def _pieces(K: int) -> tuple[int, int]:
-    """A head as one power of two, or as two if their sum is smaller: 80 = 64 + 16, 96 = 64 + 32, 128 = 128 + 0."""
+    """A head as one power of two, or as two if their sum is smaller: 80 = 64 + 16, 96 = 64 + 32."""
     whole = max(16, triton.next_power_of_2(K))
     rest = max(16, triton.next_power_of_2(max(K - whole // 2, 1)))
     return (whole // 2, rest) if K > 32 and whole // 2 + rest < whole else (whole, 0)
 
 
 def _by_tma(*tensors: Tensor) -> bool:
-    """Whether Hopper's copy engine can read blocks of these: 16-bit, aligned, and heads made of whole pieces."""
+    """Whether Hopper's copy engine can read blocks of these: 16-bit, aligned, and heads made of whole
+    pieces."""
     size = tensors[0].shape[2]
     if device.capability(tensors[0].device) < (9, 0) and not device.interpreting():
         return False
@@ -731,7 +752,7 @@ def _by_tma(*tensors: Tensor) -> bool:
 
 
 def _factors(K: int, scale: float | None, softcap: float | None) -> tuple[float, float | None, float]:
-    """What turns ±q·k into S: one factor, or one inside and one outside of tanh; and the scale with its sign."""
+    """What turns ±q·k into S: one factor, or one inside and one outside of tanh; then the scale itself."""
     scale = float(K**-0.5 if scale is None else scale)
     if softcap is None:
         return abs(scale), None, scale
@@ -763,9 +784,7 @@ def _check(
     if k.shape[1] == 0 or H % k.shape[1]:
         raise ValueError(f"attention: {H} query heads, expected a multiple of the {k.shape[1]} key heads")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(
-            f"attention: q has dtype {q.dtype}, expected torch.float16, torch.bfloat16 or torch.float32"
-        )
+        raise ValueError(f"attention: q has dtype {q.dtype}, expected torch.float16, torch.bfloat16 or torch.float32")
     for name, t in (("k", k), ("v", v)):
         if t.dtype != q.dtype:
             raise ValueError(f"attention: {name} has dtype {t.dtype}, expected that of q, {q.dtype}")
@@ -775,9 +794,7 @@ def _check(
         ("kv_segments.starts_S", kv_segments.starts_S), ("kv_segments.ends_S", kv_segments.ends_S),
     ):  # fmt: skip
         if t.ndim != 1 or t.shape != starts.shape:
-            raise ValueError(
-                f"attention: {name} has shape {tuple(t.shape)}, expected (S,) = ({starts.numel()},)"
-            )
+            raise ValueError(f"attention: {name} has shape {tuple(t.shape)}, expected (S,) = ({starts.numel()},)")
         if t.dtype != torch.int32 or not t.is_contiguous():
             raise ValueError(
                 f"attention: {name} has dtype {t.dtype} and stride {t.stride()}, expected torch.int32 and (1,)"
@@ -785,9 +802,7 @@ def _check(
         if t.device != q.device:
             raise ValueError(f"attention: {name} is on {t.device}, expected the device of q, {q.device}")
     if k.device != q.device or v.device != q.device:
-        raise ValueError(
-            f"attention: k is on {k.device} and v on {v.device}, expected the device of q, {q.device}"
-        )
+        raise ValueError(f"attention: k is on {k.device} and v on {v.device}, expected the device of q, {q.device}")
     if window is not None and not 1 <= window < 2**30:
         raise ValueError(f"attention: window is {window}, expected at least 1 and below 2**30")
     if softcap is not None and not softcap > 0:

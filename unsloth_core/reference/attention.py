@@ -1,4 +1,5 @@
-"""Attention in plain PyTorch: explicit scores, a dense mask and a softmax that survives rows without visible keys."""
+"""Attention in plain PyTorch: explicit scores, a dense mask and a softmax that survives rows without visible
+keys."""
 
 import torch
 from torch import Tensor
@@ -19,24 +20,25 @@ def attention(
     softcap: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``o_NHK`` in q's dtype, and ``lse_NH`` in (at least) fp32 if asked; see :mod:`unsloth_core.ops.attention`.
+    """``o_NHK`` in q's dtype, and ``lse_NH`` in (at least) fp32 if asked; see
+    :mod:`unsloth_core.ops.attention`.
 
     Memory is O(H·N·M). Gradients come from autograd and are zero, never NaN, for rows that see nothing.
     """
     wide = torch.promote_types(q_NHK.dtype, torch.float32)
     groups, size = k_MGK.shape[1], q_NHK.shape[2]
-    q = q_NHK.to(wide).unflatten(1, (groups, -1))
+    # Every pass over the scores costs a CPU as much as a product: scale and sum are applied to q and o instead.
+    q = q_NHK.to(wide).unflatten(1, (groups, -1)) * (size**-0.5 if scale is None else scale)
     k, v = k_MGK.to(wide), v_MGK.to(wide)
 
-    scores = torch.einsum("ngrk,mgk->grnm", q, k) * (size**-0.5 if scale is None else scale)
+    scores = torch.einsum("ngrk,mgk->grnm", q, k)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(
-        ~_visible(q_NHK, k_MGK, q_segments, kv_segments, causal, window), float("-inf")
-    )
+    scores = scores.masked_fill(~_visible(q_NHK, k_MGK, q_segments, kv_segments, causal, window), float("-inf"))
 
-    # The maximum only shifts the exponent, so it carries no gradient; a row that sees nothing has sum 0 and is patched
-    # before the division and the logarithm, not after: a NaN in the branch not taken would still reach the gradient.
+    # The maximum only shifts the exponent, so it carries no gradient; a row that sees nothing has sum 0 and
+    # is patched before the division and the logarithm, not after: a NaN in the branch not taken would still
+    # reach the gradient.
     if scores.shape[-1]:
         top = scores.detach().amax(-1, keepdim=True)
     else:
@@ -46,7 +48,7 @@ def attention(
     total = p.sum(-1, keepdim=True)
     empty = total == 0
     total = total.masked_fill(empty, 1.0)
-    o = torch.einsum("grnm,mgk->ngrk", p / total, v).flatten(1, 2).to(q_NHK.dtype)
+    o = (torch.einsum("grnm,mgk->ngrk", p, v) / total.permute(2, 0, 1, 3)).flatten(1, 2).to(q_NHK.dtype)
     if not return_lse:
         return o
     lse = (top + total.log()).masked_fill(empty, float("-inf"))
