@@ -15,6 +15,6 @@ FAMILIES = {"llama": "llama"}
 def family_of(config: dict[str, Any]) -> ModuleType:
     """The family module for a raw ``config.json``. Raises ValueError naming the model types there are."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"config.json: model_type {model_type!r}, supported: {sorted(FAMILIES)}")
     return importlib.import_module(f"{__name__}.{FAMILIES[model_type]}")

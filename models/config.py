@@ -7,9 +7,9 @@ from typing import Any
 # Fields that say nothing about the function the model computes (quantization_config: about its storage, see load.py).
 IGNORED = frozenset(
     """
-    _name_or_path architectures auto_map bos_token_id dtype eos_token_id initializer_range is_llama_config model_type
-    pad_token_id pretraining_tp quantization_config torch_dtype transformers.js_config transformers_version unsloth_fixed
-    unsloth_version use_cache
+    _name_or_path architectures auto_map bos_token_id dtype eos_token_id initializer_range is_llama_config
+    model_type pad_token_id pretraining_tp quantization_config torch_dtype transformers.js_config
+    transformers_version unsloth_fixed unsloth_version use_cache
     """.split()
 )
 # Read by Rotary.from_hf, in both spellings (facts of transformers 4 and 5).
@@ -18,7 +18,7 @@ _REQUIRED = object()
 
 
 class ConfigReader:
-    """Hands out the fields of a raw ``config.json`` and remembers which; :meth:`finish` refuses what nobody asked for."""
+    """Hands out the fields of a raw ``config.json``, remembers which, and :meth:`finish` refuses the others."""
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self.raw = raw
@@ -26,7 +26,7 @@ class ConfigReader:
         self._taken = set(IGNORED | ROTARY)
 
     def take(self, name: str, default: Any = _REQUIRED) -> Any:
-        """The field, or the default when it is absent or null. Raises ValueError for a missing field without a default."""
+        """The field, or the default when it is absent or null; without a default ValueError."""
         self._taken.add(name)
         value = self.raw.get(name)
         if value is None:

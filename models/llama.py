@@ -2,7 +2,7 @@
 
 The plain decoder that the other families differ from: RMSNorm before each half, grouped-query attention with rotary
 positions, a SwiGLU MLP, and a residual add in the epilogue of the product that makes the addend. Source: Touvron et al.
-2023 (arXiv 2302.13971, 2307.09288), the Llama 3 report (2407.21783), and ``transformers``' modeling_llama for the rounding.
+2023 (arXiv 2302.13971, 2307.09288), the Llama 3 report (2407.21783); ``transformers``' modeling_llama for the rounding.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""From a Hub id, a folder or a GGUF file to a model and its weights: one tensor at a time, straight to where it will live."""
+"""From a Hub id, a folder or a GGUF file to a model and its weights, one tensor at a time, straight to its place."""
 
 from typing import Any
 
@@ -27,9 +27,10 @@ def load(
 ) -> tuple[Model, Any]:
     """``model, params = load("HuggingFaceTB/SmolLM2-135M-Instruct")``.
 
-    ``source``: a Hub id, a local folder of safetensors, or a ``.gguf`` file. ``device``, ``dtype``: default cuda and bfloat16
-    where there is a GPU, else cpu and float32. ``quantize="nf4"`` stores the linears of all layers in 4 bits (double
-    quantised, part by part, so that each is what bitsandbytes would make of it); embedding, head and norms stay ``dtype``.
+    ``source``: a Hub id, a local folder of safetensors, or a ``.gguf`` file. ``device``, ``dtype``: default cuda and
+    bfloat16 where there is a GPU, else cpu and float32. ``quantize="nf4"`` stores the linears of all layers in 4 bits
+    (double quantised, part by part, so that each is what bitsandbytes would make of it); embedding, head and norms stay
+    ``dtype``.
     Raises ValueError for a config field that no one handles, and for tensors that are missing, left over or misshapen;
     NotImplementedError for weights that are stored quantised (bitsandbytes, GPTQ, FP8, ...), other than in GGUF.
     """
@@ -50,12 +51,12 @@ def load(
 def read_weights(
     checkpoint: Any, cls: type, config: Any, *, device: torch.device, dtype: torch.dtype, quantize: str | None = None
 ) -> Any:
-    """The weights tree of class ``cls`` from a checkpoint's tensors, all names, shapes and types checked before any is read."""
+    """The weights of class ``cls`` from a checkpoint; all names, shapes and types are checked before any is read."""
     if stored := checkpoint.config.get("quantization_config"):
         method = stored.get("quant_method") if isinstance(stored, dict) else stored
         raise NotImplementedError(
-            f"{checkpoint.source}: config.json has a quantization_config ({method}), and quantised safetensors cannot be read; "
-            'load the original 16-bit weights, with quantize="nf4" for 4 bits'
+            f"{checkpoint.source}: config.json has a quantization_config ({method}), and quantised safetensors cannot "
+            'be read; load the original 16-bit weights, with quantize="nf4" for 4 bits'
         )
     declared = weights.declarations(cls, config.dims)
     _check_names(checkpoint, declared)

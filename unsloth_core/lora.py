@@ -1,8 +1,9 @@
 """LoRA adapters as a tree of their own: made, put on, merged, and read and written in PEFT's file format.
 
 The adapters of a model are a dict from PEFT module path ("model.layers.0.self_attn.q_proj") to
-:class:`~unsloth_core.weights.LoRA`. Everything else follows from the weight declarations: which modules exist, their shapes, and
-which rows of a stacked leaf each one owns. Source: Hu et al. 2021 (arXiv 2106.09685), rsLoRA: Kalajdzievski 2023 (2312.03732).
+:class:`~unsloth_core.weights.LoRA`. Everything else follows from the weight declarations: which modules exist, their
+shapes, and which rows of a stacked leaf each one owns. Source: Hu et al. 2021 (arXiv 2106.09685); rsLoRA: Kalajdzievski
+2023 (2312.03732).
 """
 
 import json
@@ -30,6 +31,18 @@ if TYPE_CHECKING:
 Adapters = dict[str, LoRA]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 _PREFIX = "base_model.model."
+# Of adapter_config.json: what is read, what the tensors show anyway or only training asks for, and the ways to start
+# adapters that leave the base weights alone. Any other field must be off.
+_PER_MODULE = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
+_HANDLED = {"peft_type", "bias", "init_lora_weights", "use_rslora", *(name for pair in _PER_MODULE for name in pair)}
+_HARMLESS = frozenset(
+    """
+    auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode
+    layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_config megatron_core
+    peft_version qalora_group_size revision target_modules task_type
+    """.split()
+)
+_KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 
 def init(
@@ -43,9 +56,10 @@ def init(
 ) -> Adapters:
     """New adapters: ``a`` uniform in ±1/sqrt(C) as PEFT draws it, ``b`` zero, so that nothing changes yet.
 
-    ``rank``: one for all, or ``{"q_proj": 8, ...}`` by last name (then only those modules are adapted). ``alpha``: default the
-    rank; the scale is alpha/rank, with ``rslora`` alpha/sqrt(rank). ``targets``: "all-linear" (every linear of the layers),
-    "attention", or a list of last names. Raises ValueError for a target that the model does not have or a rank below 1.
+    ``rank``: one for all, or ``{"q_proj": 8, ...}`` by last name (then only those modules are adapted). ``alpha``:
+    default the rank; the scale is alpha/rank, with ``rslora`` alpha/sqrt(rank). ``targets``: "all-linear" (every linear
+    of the layers), "attention", or a list of last names. A module starts the same whatever the other targets are.
+    Raises ValueError for a target that the model does not have or a rank below 1.
     """
     modules = _modules(params)
     last_names = sorted({path.rpartition(".")[2] for path in modules})
@@ -81,7 +95,9 @@ def adapt(params: Any, adapters: Adapters) -> Any:
     """
     modules = _modules(params)
     if missing := sorted(set(adapters) - set(modules)):
-        raise ValueError(f"lora.adapt: the model has no linear {missing[0]!r} ({len(missing)} such adapters): another model's?")
+        raise ValueError(
+            f"lora.adapt: the model has no linear {missing[0]!r} ({len(missing)} such adapters): another model's?"
+        )
     by_leaf: dict[weights.Path, list[Any]] = {}
     rows: dict[weights.Path, tuple[int, ...]] = {}
     for path, lora in adapters.items():
@@ -89,7 +105,8 @@ def adapt(params: Any, adapters: Adapters) -> Any:
         r, wanted = lora.a.shape[0], (declaration.rows[part], declaration.rest[0])
         if lora.a.shape != (r, wanted[1]) or lora.b.shape != (wanted[0], r):
             found = f"a {tuple(lora.a.shape)} and b {tuple(lora.b.shape)}"
-            raise ValueError(f"lora.adapt: {path} is {wanted}, but its adapter has {found}, expected (r, {wanted[1]}), ({wanted[0]}, r)")
+            expected = f"(r, {wanted[1]}) and ({wanted[0]}, r)"
+            raise ValueError(f"lora.adapt: {path} is {wanted}, but its adapter has {found}, expected {expected}")
         by_leaf.setdefault(declaration.path, [ABSENT] * len(declaration.names))[part] = lora
         rows[declaration.path] = declaration.rows
     values = {}
@@ -125,8 +142,8 @@ def merge(params: Any, adapters: Adapters) -> Any:
 def save(adapters: Adapters, folder: str | os.PathLike[str], model: "Model") -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT does, each under a temporary name first.
 
-    ``model`` says which modules exist and where the base came from. Raises ValueError for adapters of another model, OSError
-    (disk full, no permission) with the files that were there before still whole.
+    ``model`` says which modules exist and where the base came from. Raises ValueError for adapters of another model,
+    OSError (disk full, no permission) with the files that were there before still whole.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,8 +165,8 @@ def save(adapters: Adapters, folder: str | os.PathLike[str], model: "Model") -> 
 def load(folder: str | os.PathLike[str], params: Any) -> Adapters:
     """Adapters from a PEFT folder, checked against the model's modules and put on its device, as fp32 leaves.
 
-    Raises ValueError for a truncated file, an unsupported PEFT option (DoRA, biases, modules_to_save, ...), modules that the
-    model does not have, an A without its B, and shapes that do not fit.
+    Raises ValueError for a truncated file, an unsupported PEFT option (DoRA, biases, modules_to_save, ...), modules
+    that the model does not have, an A without its B, and shapes that do not fit.
     """
     folder = Path(folder)
     config_file, tensor_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
@@ -157,8 +174,8 @@ def load(folder: str | os.PathLike[str], params: Any) -> Adapters:
         if not file.is_file():
             raise ValueError(f"lora.load: {file} does not exist, expected PEFT's two files in {folder}")
     try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
+        config = json.loads(config_file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"lora.load: {config_file} is not JSON: {error}") from None
     _check_supported(config, config_file)
     modules = _modules(params)
@@ -168,17 +185,26 @@ def load(folder: str | os.PathLike[str], params: Any) -> Adapters:
             for key in tensors.keys():
                 match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
                 if match is None or match[1] not in modules:
-                    raise ValueError(f"lora.load: {tensor_file} has {key!r}, which is no linear of this model: another model's?")
+                    raise ValueError(
+                        f"lora.load: {tensor_file} has {key!r}, which is no linear of this model: another model's?"
+                    )
                 found.setdefault(match[1], {})[match[2]] = tensors.get_tensor(key)
     except SafetensorError as error:
         raise ValueError(f"lora.load: {tensor_file} is damaged: {error}") from None
     adapters = {}
     for path in (p for p in modules if p in found):
         if found[path].keys() != {"A", "B"}:
-            raise ValueError(f"lora.load: {tensor_file} has only lora_{next(iter(found[path]))} of {path}, expected A and B")
+            only = next(iter(found[path]))
+            raise ValueError(f"lora.load: {tensor_file} has only lora_{only} of {path}, expected A and B")
         device = _device(weights.get(params, modules[path][0].path))
+        rank, alpha = _of_module(config, path)
+        for name, tensor in found[path].items():
+            if not tensor.is_floating_point() or tensor.ndim != 2 or tensor.shape[0 if name == "A" else 1] != rank:
+                got = f"{tensor.dtype} {tuple(tensor.shape)}, expected floating point of rank {rank}"
+                raise ValueError(f"lora.load: {tensor_file} has lora_{name} of {path} as {got}")
         a, b = (found[path][k].to(device=device, dtype=torch.float32) for k in "AB")
-        adapters[path] = LoRA(a=a, b=b, scale=_scale(config, path, a.shape[0]))
+        scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        adapters[path] = LoRA(a=a, b=b, scale=float(scale))
     adapt(params, adapters)  # shapes
     return adapters
 
@@ -199,7 +225,8 @@ def _targets(targets: str | Sequence[str], last_names: list[str]) -> list[str]:
     if targets == "attention":
         return [name for name in last_names if name in ATTENTION]
     if isinstance(targets, str):
-        raise ValueError(f"lora.init: targets is {targets!r}, expected 'all-linear', 'attention' or a list of {last_names}")
+        expected = f"'all-linear', 'attention' or a list of {last_names}"
+        raise ValueError(f"lora.init: targets is {targets!r}, expected {expected}")
     if unknown := sorted(set(targets) - set(last_names)):
         raise ValueError(f"lora.init: targets {unknown} are not among the model's linears {last_names}")
     return list(targets)
@@ -223,6 +250,7 @@ def _target_modules(adapters: Adapters, model: "Model") -> list[str]:
 def _peft_config(adapters: Adapters, model: "Model") -> dict[str, Any]:
     ranks = {path: lora.a.shape[0] for path, lora in adapters.items()}
     alphas = {path: lora.scale * ranks[path] for path, lora in adapters.items()}
+    alphas = {path: int(alpha) if alpha.is_integer() else alpha for path, alpha in alphas.items()}
     r = max(ranks.values(), key=list(ranks.values()).count)
     alpha = max(alphas.values(), key=list(alphas.values()).count)
     return {
@@ -246,22 +274,46 @@ def _peft_config(adapters: Adapters, model: "Model") -> dict[str, Any]:
     }
 
 
-def _check_supported(config: dict[str, Any], where: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"lora.load: {where} has peft_type {config.get('peft_type')!r}, expected 'LORA'")
-    plain = {"use_dora": False, "bias": "none", "modules_to_save": None, "fan_in_fan_out": False, "lora_bias": False}
-    for name, value in plain.items():
-        if config.get(name, value) not in (value, None, []):
-            raise ValueError(f"lora.load: {where} has {name} = {config[name]!r}, supported: {value!r}")
-    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
-        raise ValueError(f"lora.load: {where} needs numbers r and lora_alpha")
+def _check_supported(config: Any, where: Path) -> None:
+    """Raises ValueError for anything that makes adapters mean more, or something else, than their two tensors."""
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        found = config.get("peft_type") if isinstance(config, dict) else config
+        raise ValueError(f"lora.load: {where} has peft_type {found!r}, expected 'LORA'")
+    if config.get("bias") not in (None, "none"):
+        raise ValueError(f"lora.load: {where} has bias = {config['bias']!r}, supported: 'none'")
+    if config.get("init_lora_weights") not in (None, True, False, *_KEEPS_BASE):
+        way = config["init_lora_weights"]
+        raise ValueError(f"lora.load: {where} has init_lora_weights = {way!r}, which changed the base weights")
+    for name in sorted(config.keys() - _HANDLED - _HARMLESS):
+        if config[name]:
+            raise ValueError(f"lora.load: {where} has {name} = {config[name]!r}, which is not supported")
+    ranks, alphas = ([config.get(field), *_pattern(config, name, where).values()] for field, name in _PER_MODULE)
+    if not all(type(r) is int and r > 0 for r in ranks):
+        raise ValueError(f"lora.load: {where} has ranks {ranks}, expected positive integers")
+    if not all(type(alpha) in (int, float) and math.isfinite(alpha) for alpha in alphas):
+        raise ValueError(f"lora.load: {where} has lora_alpha {alphas}, expected finite numbers")
 
 
-def _scale(config: dict[str, Any], path: str, rank: int) -> float:
-    """PEFT's rule: a pattern matches a module if it matches the end of its path, from a dot or the start."""
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
-            alpha = value
-            break
-    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+def _pattern(config: dict[str, Any], name: str, where: Path) -> dict[str, Any]:
+    """A field that maps regular expressions to numbers; one that could take long to match is refused."""
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"lora.load: {where} has {name} = {patterns!r}, expected an object")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError):
+            raise ValueError(f"lora.load: {where} has {pattern!r} in {name}, which is no regular expression") from None
+        if len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
+            raise ValueError(f"lora.load: {where} has {pattern!r} in {name}, too many repetitions")
+    return patterns
+
+
+def _of_module(config: dict[str, Any], path: str) -> tuple[int, float]:
+    """(rank, alpha). PEFT's rule: the first pattern that matches the end of a path, from a dot or the start, wins."""
+    found = []
+    for field, name in _PER_MODULE:
+        patterns = config.get(name) or {}
+        matching = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", path))
+        found.append(next(matching, config[field]))
+    return found[0], found[1]

@@ -1,7 +1,7 @@
 """Random keys, as values: equal keys give equal numbers, whatever ran before and on whatever device.
 
-A key is an int64 tensor of two words (JAX's idea); ``split`` and ``fold_in`` derive new ones by Philox-style mixing on the
-host or device without a sync, so a key may change from step to step inside a captured graph.
+A key is an int64 tensor of two words (JAX's idea); ``split`` and ``fold_in`` derive new ones by SplitMix64's mixing on
+the host or device without a sync, so a key may change from step to step inside a captured graph.
 """
 
 import torch

@@ -1,8 +1,9 @@
-"""Weights as values: the nodes that ``linear`` can multiply by, and the one declaration that loading, saving, LoRA and byte
-counts follow from. Shapes and names only; no arithmetic.
+"""Weights as values: the nodes that ``linear`` can multiply by, and the one declaration that loading, saving, LoRA and
+byte counts follow from. Shapes and names only; no arithmetic.
 
 A weight is ``Tensor | NF4 | Stacked | Adapted``. A model's weights are a dataclass of leaves declared with
-:func:`unsloth_core.tree.leaf` and blocks declared with :func:`blocks`; :func:`declarations` expands both into names and shapes.
+:func:`unsloth_core.tree.leaf` and blocks declared with :func:`blocks`; :func:`declarations` expands both into names and
+shapes.
 """
 
 import dataclasses
@@ -31,8 +32,8 @@ class Nested:
 class NF4:
     """A (M, C) matrix in 4 bits, laid out as bitsandbytes does (QLoRA, arXiv 2305.14314).
 
-    ``codes``: uint8 (M·C/2,), even element in the high nibble. ``absmax``: one per ``block`` elements of the flat matrix,
-    fp32, or uint8 when ``nested``. ``dtype`` is what it decodes to.
+    ``codes``: uint8 (M·C/2,), even element in the high nibble. ``absmax``: one per ``block`` elements of the flat
+    matrix, fp32, or uint8 when ``nested``. ``dtype`` is what it decodes to.
     """
 
     codes: Tensor
@@ -52,7 +53,7 @@ class Stacked:
 
 @pytree
 class LoRA:
-    """A low-rank update ``scale · b_MJ @ a_JC`` (arXiv 2106.09685); ``a`` (rank, C) and ``b`` (M, rank) are fp32 leaves."""
+    """A low-rank update ``scale · b @ a`` (arXiv 2106.09685); ``a`` (rank, C) and ``b`` (M, rank) are fp32 leaves."""
 
     a: Tensor
     b: Tensor
@@ -82,7 +83,7 @@ def shape(w: Weight) -> tuple[int, int]:
 
 
 def blocks(cls: type, hf: str, count: str = "L") -> Any:
-    """A tuple of equal blocks: ``layers = blocks(Layer, "model.layers.{i}.")`` has as many as dimension ``count`` says."""
+    """A tuple of equal blocks, as many as dimension ``count`` says: ``layers = blocks(Layer, "model.layers.{i}.")``."""
     return dataclasses.field(metadata={"blocks": (cls, hf, count)})
 
 
