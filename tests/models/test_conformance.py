@@ -50,7 +50,7 @@ def assert_conforms(hf, name):
     model, params = ours(hf)
     logits32, loss32, grads32 = hf_loss_and_grads(hf, ids)
     logits64, loss64, grads64 = hf_loss_and_grads(copy.deepcopy(hf).double(), ids)
-    batch = from_tokens(ids, vocab_size=hf.config.vocab_size).to(DEVICE)
+    batch = from_tokens(ids.cpu(), vocab_size=hf.config.vocab_size).to(DEVICE)
     with backend.using(name):
         assert_op_rule(model.logits(params, ids), logits32, logits64, "logits")
         (loss, _), grads = value_and_grad(lambda p: model.loss(p, batch), has_aux=True)(params)
@@ -141,7 +141,7 @@ def test_every_policy_gives_the_same_bits(version, name):
     interpreted = name == "triton" and DEVICE.type == "cpu"  # minutes for what the reference walks in a second
     hf = make(version, num_hidden_layers=1 if interpreted else 2)
     model, params = ours(hf)
-    batch = from_tokens(tokens(hf, 1, 6), vocab_size=hf.config.vocab_size).to(DEVICE)
+    batch = from_tokens(tokens(hf, 1, 6).cpu(), vocab_size=hf.config.vocab_size).to(DEVICE)
     adapters = lora.init(random.key(0), params, rank=2)
     adapters = tree.map(lambda t: t + 0.1, adapters)
     saved = model.family.SAVED
@@ -201,7 +201,7 @@ def test_nf4_weights_train_like_their_decoded_selves(name):
     hf = make("smollm2")
     model, quantised = ours(hf, quantize="nf4")
     decoded = dense_twin(hf, quantised)
-    batch = from_tokens(tokens(hf, 1, 6), vocab_size=hf.config.vocab_size).to(DEVICE)
+    batch = from_tokens(tokens(hf, 1, 6).cpu(), vocab_size=hf.config.vocab_size).to(DEVICE)
     adapters = tree.map(lambda t: t + 0.05, lora.init(random.key(0), quantised, rank=2))
     with backend.using(name):
         results = [
