@@ -27,32 +27,23 @@ def attention(
     """
     wide = torch.promote_types(q_NHK.dtype, torch.float32)
     groups, size = k_MGK.shape[1], q_NHK.shape[2]
-    # Every pass over the scores costs a CPU as much as a product: scale and sum are applied to q and o instead.
+    # The scale goes on q: on a CPU a pass over the scores costs as much as a product.
     q = q_NHK.to(wide).unflatten(1, (groups, -1)) * (size**-0.5 if scale is None else scale)
     k, v = k_MGK.to(wide), v_MGK.to(wide)
 
     scores = torch.einsum("ngrk,mgk->grnm", q, k)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~_visible(q_NHK, k_MGK, q_segments, kv_segments, causal, window), float("-inf"))
-
-    # The maximum only shifts the exponent, so it carries no gradient; a row that sees nothing has sum 0 and
-    # is patched before the division and the logarithm, not after: a NaN in the branch not taken would still
-    # reach the gradient.
-    if scores.shape[-1]:
-        top = scores.detach().amax(-1, keepdim=True)
-    else:
-        top = scores.new_full((*scores.shape[:-1], 1), float("-inf"))
-    top = top.masked_fill(top == float("-inf"), 0.0)
-    p = torch.exp(scores - top)
-    total = p.sum(-1, keepdim=True)
-    empty = total == 0
-    total = total.masked_fill(empty, 1.0)
-    o = (torch.einsum("grnm,mgk->ngrk", p, v) / total.permute(2, 0, 1, 3)).flatten(1, 2).to(q_NHK.dtype)
+    # A row that sees nothing gets scores of 0 and is patched at the end: of -inf alone, softmax would make NaN,
+    # and a NaN in the branch not taken would still reach the gradient.
+    visible = _visible(q_NHK, k_MGK, q_segments, kv_segments, causal, window)
+    empty_N1 = ~visible.any(-1, keepdim=True)
+    scores = torch.where(visible, scores, torch.where(empty_N1, 0.0, float("-inf")).to(wide))
+    o = torch.einsum("grnm,mgk->ngrk", scores.softmax(-1), v).flatten(1, 2)
+    o = o.masked_fill(empty_N1[:, None], 0.0).to(q_NHK.dtype)
     if not return_lse:
         return o
-    lse = (top + total.log()).masked_fill(empty, float("-inf"))
-    return o, lse.squeeze(-1).flatten(0, 1).T
+    return o, scores.logsumexp(-1).flatten(0, 1).T.masked_fill(empty_N1, float("-inf"))
 
 
 def _visible(
