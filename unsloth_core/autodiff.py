@@ -44,17 +44,18 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
     arguments = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     statics = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     positions = {p.name: i for i, p in enumerate(arguments)}
+    defaults = [p.default for p in arguments]
 
     def bind(args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
         """Arguments in order, however they were given; what is left in ``keywords`` are the statics."""
         if len(args) == len(arguments) and not keywords:
             return args
-        values = [*args, *(p.default for p in arguments[len(args) :])]
+        values = [*args, *defaults[len(args) :]]
         for key in [k for k in keywords if k in positions]:
             if positions[key] < len(args):
                 raise TypeError(f"{op_name}: got two values for argument {key!r}")
             values[positions[key]] = keywords.pop(key)
-        if len(values) > len(arguments) or inspect.Parameter.empty in values:
+        if len(values) > len(arguments) or any(value is inspect.Parameter.empty for value in values):
             wanted = ", ".join(positions)
             raise TypeError(f"{op_name}: got {len(args)} positional arguments, expected ({wanted})")
         if unknown := keywords.keys() - statics:
@@ -63,7 +64,7 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
 
     def op(*args: Any, name: str = op_name, **keywords: Any) -> Any:
         args = bind(args, keywords)
-        leaves, specs = _flatten(args)
+        leaves, spec = tree.flatten(args)
         if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise TypeError(_not_tensors(op_name, list(positions), args))
         tape = _tape.get()
@@ -71,15 +72,15 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
         if reference is not None and (tape is None or tape.runs(name)):
             # Through views: each argument collects its gradient inside the op first, the order of a derived pair.
             inputs = [leaf.view_as(leaf) if leaf.requires_grad else leaf for leaf in leaves]
-            return reference(*_unflatten(inputs, specs), **keywords)
+            return reference(*tree.unflatten(inputs, spec), **keywords)
         pair = (fwd, bwd) if reference is None else _derived(reference)
-        call = _Call(name, pair, specs, keywords, tape)
+        call = _Call(name, pair, spec, keywords, tape)
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
             return _Op.apply(call, *leaves)
         return call.forward(leaves, tape.needs(name, leaves) if tape else [False] * len(leaves))[0]
 
     def op_fwd(*args: Any, needs: Tree, **keywords: Any) -> tuple[Any, Tree]:
-        leaves, _ = _flatten(args)
+        leaves = tree.leaves(args)
         pair = _derived(backend.reference(op_name)) if backend.resolve(leaves[0]) == "reference" else (fwd, bwd)
         return pair[0](*args, needs=needs, **keywords)
 
@@ -95,37 +96,6 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
     return op
 
 
-def _flatten(args: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
-    """Leaves and one spec per argument; tensors and ABSENT, the usual case, need no tree machinery."""
-    leaves: list[Tensor] = []
-    specs: list[Any] = []
-    for arg in args:
-        if isinstance(arg, Tensor):
-            leaves.append(arg)
-            specs.append(None)
-        elif arg is ABSENT:
-            specs.append(ABSENT)
-        else:
-            below, spec = tree.flatten(arg)
-            leaves += below
-            specs.append(spec)
-    return leaves, specs
-
-
-def _unflatten(leaves: Sequence[Any], specs: Sequence[Any]) -> tuple[Any, ...]:
-    args, at = [], 0
-    for spec in specs:
-        if spec is None:
-            args.append(leaves[at])
-            at += 1
-        elif spec is ABSENT:
-            args.append(ABSENT)
-        else:
-            args.append(tree.unflatten(list(leaves[at : at + spec.num_leaves]), spec))
-            at += spec.num_leaves
-    return tuple(args)
-
-
 def _not_tensors(op_name: str, names: list[str], args: Sequence[Any]) -> str:
     for name, arg in zip(names, args, strict=True):
         if not all(isinstance(leaf, Tensor) for leaf in tree.leaves(arg)):
@@ -138,19 +108,19 @@ class _Call:
     """One call of an op: everything that forward resolved and backward must find unchanged, in whatever thread it
     runs."""
 
-    __slots__ = ("name", "pair", "specs", "statics", "tape")
+    __slots__ = ("name", "pair", "spec", "statics", "tape")
 
-    def __init__(self, name: str, pair: Any, specs: list[Any], statics: dict[str, Any], tape: Any) -> None:
-        self.name, self.pair, self.specs, self.statics, self.tape = name, pair, specs, statics, tape
+    def __init__(self, name: str, pair: Any, spec: tree.Spec, statics: dict[str, Any], tape: Any) -> None:
+        self.name, self.pair, self.spec, self.statics, self.tape = name, pair, spec, statics, tape
 
     def forward(self, leaves: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Any, Tree]:
-        args, tree_of_needs = _unflatten(leaves, self.specs), _unflatten(needs, self.specs)
+        args, tree_of_needs = tree.unflatten(leaves, self.spec), tree.unflatten(needs, self.spec)
         if self.tape is None:
             return self.pair[0](*args, needs=tree_of_needs, **self.statics)
         return self.tape(self.name, leaves, lambda: self.pair[0](*args, needs=tree_of_needs, **self.statics))
 
     def backward(self, residuals: Tree, cotangent: Any, needs: Sequence[bool]) -> list[Tensor | None]:
-        tree_of_needs = _unflatten(needs, self.specs)
+        tree_of_needs = tree.unflatten(needs, self.spec)
         gradients = self.pair[1](residuals, cotangent, needs=tree_of_needs, **self.statics)
         flat = [g for one, need in zip(gradients, tree_of_needs, strict=True) for g in tree.broadcast(one, need)]
         return [g if need and g is not ABSENT else None for g, need in zip(flat, needs, strict=True)]
@@ -196,15 +166,15 @@ def _derived(reference: Callable[..., Any]) -> tuple[Callable[..., Any], Callabl
         return reference(*args, **statics), _Rerun(args=args)
 
     def bwd(residuals: _Rerun, cotangent: Any, *, needs: Tree, **statics: Any) -> tuple[Any, ...]:
-        leaves, specs = _flatten(residuals.args)
+        leaves, spec = tree.flatten(residuals.args)
         wanted = [
             need is True for one, arg in zip(needs, residuals.args, strict=True) for need in tree.broadcast(one, arg)
         ]
         inputs = [leaf.detach().requires_grad_() if want else leaf for leaf, want in zip(leaves, wanted, strict=True)]
         with torch.enable_grad():
-            out = reference(*_unflatten(inputs, specs), **statics)
+            out = reference(*tree.unflatten(inputs, spec), **statics)
         found = _gradients(out, [x for x, want in zip(inputs, wanted, strict=True) if want], cotangent)
-        return _unflatten([next(found) if want else ABSENT for want in wanted], specs)
+        return tree.unflatten([next(found) if want else ABSENT for want in wanted], spec)
 
     return fwd, bwd
 

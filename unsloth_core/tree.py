@@ -6,9 +6,9 @@ pytree registry, so trees made here are understood by ``torch.compile``, ``torch
 is JAX's, the dataclass form Equinox's."""
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, dataclass_transform
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import torch.utils._pytree as pt
 from torch import Tensor
@@ -38,6 +38,41 @@ class _Absent:
 
 
 ABSENT: Any = _Absent()
+
+
+class Spec(NamedTuple):
+    """The structure of a tree: its kind of node (None for a leaf), statics or keys, the structures of its children."""
+
+    kind: type | None
+    context: Any
+    children: "tuple[Spec, ...]"
+    num_leaves: int
+
+
+_LEAF = Spec(None, None, (), 1)
+
+
+class _Node(NamedTuple):
+    """How one kind of node comes apart and goes together; ``keys`` are what paths call its children."""
+
+    children: Callable[[Any], tuple[Any, ...]]
+    context: Callable[[Any], Any]
+    build: Callable[[list[Any], Any], Any]
+    keys: Callable[[Any], Iterable[Any]]
+
+
+# The registry is ours, because PyTorch's takes several times as long to walk it, and every op walks its arguments.
+_NODES: dict[type, _Node] = {
+    _Absent: _Node(lambda _: (), lambda _: None, lambda _values, _context: ABSENT, lambda _: ()),
+    tuple: _Node(lambda t: t, lambda _: None, lambda values, _: tuple(values), lambda t: range(len(t))),
+    list: _Node(tuple, lambda _: None, lambda values, _: values, lambda t: range(len(t))),
+    dict: _Node(
+        lambda t: tuple(t.values()),
+        tuple,
+        lambda values, keys: dict(zip(keys, values, strict=True)),
+        lambda t: t.keys(),
+    ),
+}
 pt.register_pytree_node(
     _Absent,
     lambda _: ([], None),
@@ -72,65 +107,100 @@ def pytree(cls: type[_T]) -> type[_T]:
     children = [f.name for f in fields if not f.metadata.get("static")]
     statics = [f.name for f in fields if f.metadata.get("static")]
 
-    def to_children(node: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        return [getattr(node, name) for name in children], tuple(getattr(node, name) for name in statics)
-
-    def to_keyed_children(node: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        values, context = to_children(node)
-        return [(pt.GetAttrKey(name), value) for name, value in zip(children, values, strict=True)], context
-
-    def from_children(values: Any, context: tuple[Any, ...]) -> Any:
+    def from_children(values: Iterable[Any], context: tuple[Any, ...]) -> Any:
         # Not cls(...): a tree of booleans, gradients or holes has the same shape and none of the validation.
         node = object.__new__(cls)
-        for name, value in zip(children + statics, (*values, *context), strict=True):
-            object.__setattr__(node, name, value)
+        node.__dict__.update(zip(children, values, strict=True))
+        node.__dict__.update(zip(statics, context, strict=True))
         return node
 
-    pt.register_pytree_node(
+    to_children, to_context = _getter(children), _getter(statics)
+    _NODES[cls] = _Node(to_children, to_context, from_children, lambda _: children)
+    pt.register_pytree_node(  # foreign code (torch.compile, torch.export) sees the same nodes
         cls,
-        to_children,
+        lambda node: (list(to_children(node)), to_context(node)),
         from_children,
-        flatten_with_keys_fn=to_keyed_children,
+        flatten_with_keys_fn=lambda node: (
+            [(pt.GetAttrKey(name), value) for name, value in zip(children, to_children(node), strict=True)],
+            to_context(node),
+        ),
         serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
     )
     return cls
 
 
-def flatten(tree: Tree) -> tuple[list[Any], pt.TreeSpec]:
+def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """``node -> (node.a, node.b, ...)`` in one C call; attrgetter of one name gives no tuple, of none is refused."""
+    if len(names) > 1:
+        return operator.attrgetter(*names)
+    return lambda node: tuple(getattr(node, name) for name in names)
+
+
+def flatten(tree: Tree) -> tuple[list[Any], Spec]:
     """The leaves in a fixed order, and the structure that :func:`unflatten` puts them back into."""
-    return pt.tree_flatten(tree)
+    found: list[Any] = []
+    return found, _flatten(tree, found)
 
 
-def unflatten(leaves_: list[Any], spec: pt.TreeSpec) -> Tree:
+def _flatten(tree: Tree, found: list[Any]) -> Spec:
+    node = _NODES.get(type(tree))
+    if node is None:
+        found.append(tree)
+        return _LEAF
+    before = len(found)
+    below = tuple([_flatten(child, found) for child in node.children(tree)])
+    return Spec(type(tree), node.context(tree), below, len(found) - before)
+
+
+def unflatten(leaves_: Iterable[Any], spec: Spec) -> Tree:
     """The inverse of :func:`flatten`."""
-    return pt.tree_unflatten(leaves_, spec)
+    return _unflatten(spec, iter(leaves_))
+
+
+def _unflatten(spec: Spec, leaves_: Iterator[Any]) -> Tree:
+    if spec.kind is None:
+        return next(leaves_)
+    return _NODES[spec.kind].build([_unflatten(below, leaves_) for below in spec.children], spec.context)
 
 
 def leaves(tree: Tree) -> list[Any]:
     """All leaves, in the order of :func:`flatten`."""
-    return pt.tree_leaves(tree)
+    return flatten(tree)[0]
 
 
 def items(tree: Tree) -> list[tuple[str, Any]]:
     """``(path, leaf)`` pairs; a path joins attribute names, indices and dictionary keys with dots."""
-    return [(_path(keys), value) for keys, value in pt.tree_flatten_with_path(tree)[0]]
+    node = _NODES.get(type(tree))
+    if node is None:
+        return [("", tree)]
+    found = []
+    for key, child in zip(node.keys(tree), node.children(tree), strict=True):
+        found += [(f"{key}.{path}" if path else str(key), leaf_) for path, leaf_ in items(child)]
+    return found
 
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """``fn`` of the corresponding leaves of one or several trees of equal structure."""
-    return pt.tree_map(fn, tree, *rest)
+    """``fn`` of the corresponding leaves of one or several trees of equal structure (ValueError otherwise)."""
+    first, spec = flatten(tree)
+    others = []
+    for other in rest:
+        found, other_spec = flatten(other)
+        if other_spec != spec:
+            raise ValueError(
+                f"tree.map: structures differ: {_brief(tree)} with {len(first)} leaves and {_brief(other)}"
+            )
+        others.append(found)
+    return unflatten([fn(*each) for each in zip(first, *others, strict=True)], spec)
 
 
 def map_with_path(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
     """Like :func:`map`, with ``fn(path, leaf)``."""
-    return pt.tree_map_with_path(lambda keys, value: fn(_path(keys), value), tree)
+    return unflatten([fn(path, value) for path, value in items(tree)], flatten(tree)[1])
 
 
 def any(tree: Tree) -> bool:
     """True if any leaf is true: "does anything in here need a gradient?" """
-    if tree is True or tree is False:
-        return tree
-    return True in pt.tree_leaves(tree)
+    return tree if tree is True or tree is False else True in leaves(tree)
 
 
 def nbytes(tree: Tree) -> int:
@@ -144,8 +214,8 @@ def partition(tree: Tree, keep: Callable[[str, Any], bool]) -> tuple[Tree, Tree]
     ``merge(*partition(t, keep))`` is ``t`` again. Equinox's ``partition``, with the path given to the predicate.
     """
     chosen = map_with_path(lambda path, value: bool(keep(path, value)), tree)
-    kept = pt.tree_map(lambda take, value: value if take else ABSENT, chosen, tree)
-    rest = pt.tree_map(lambda take, value: ABSENT if take else value, chosen, tree)
+    kept = map(lambda take, value: value if take else ABSENT, chosen, tree)
+    rest = map(lambda take, value: ABSENT if take else value, chosen, tree)
     return kept, rest
 
 
@@ -155,25 +225,25 @@ def merge(a: Tree, b: Tree) -> Tree:
         return b
     if b is ABSENT:
         return a
-    children_a, spec_a = _one_level(a)
-    children_b, spec_b = _one_level(b)
-    if spec_a.is_leaf() or spec_b.is_leaf() or spec_a.type is not spec_b.type or len(children_a) != len(children_b):
+    node = _NODES.get(type(a))
+    if node is None or type(b) is not type(a) or len(node.children(a)) != len(node.children(b)):
         raise ValueError(f"tree.merge: both trees have a value in one place: {_brief(a)} and {_brief(b)}")
-    return pt.tree_unflatten([merge(x, y) for x, y in zip(children_a, children_b, strict=True)], spec_a)
+    both = zip(node.children(a), node.children(b), strict=True)
+    return node.build([merge(x, y) for x, y in both], node.context(a))
 
 
 def broadcast(prefix: Tree, tree: Tree) -> list[Any]:
     """The leaves of ``prefix`` aligned with the leaves of ``tree``; an ABSENT that stands for a subtree becomes
     ABSENTs."""
     if prefix is ABSENT:
-        return [ABSENT] * len(pt.tree_leaves(tree))
-    children, spec = _one_level(tree)
-    if spec.is_leaf():
+        return [ABSENT] * len(leaves(tree))
+    node = _NODES.get(type(tree))
+    if node is None:
         return [prefix]
-    parts, prefix_spec = _one_level(prefix)
-    if prefix_spec.type is not spec.type or len(parts) != len(children):
+    if type(prefix) is not type(tree) or len(node.children(prefix)) != len(node.children(tree)):
         raise ValueError(f"tree.broadcast: expected {_brief(tree)} or ABSENT, got {_brief(prefix)}")
-    return list(itertools.chain.from_iterable(broadcast(p, c) for p, c in zip(parts, children, strict=True)))
+    both = zip(node.children(prefix), node.children(tree), strict=True)
+    return [leaf_ for part, child in both for leaf_ in broadcast(part, child)]
 
 
 def fields_with_leaves(cls: type) -> Iterator[tuple[str, tuple[str, str, bool]]]:
@@ -183,14 +253,5 @@ def fields_with_leaves(cls: type) -> Iterator[tuple[str, tuple[str, str, bool]]]
             yield field.name, field.metadata["leaf"]
 
 
-def _one_level(tree: Tree) -> tuple[list[Any], pt.TreeSpec]:
-    return pt.tree_flatten(tree, is_leaf=lambda node: node is not tree)
-
-
 def _brief(tree: Tree) -> str:
     return f"Tensor{tuple(tree.shape)}" if isinstance(tree, Tensor) else type(tree).__name__
-
-
-def _path(keys: tuple[Any, ...]) -> str:
-    # GetAttrKey has .name, MappingKey .key, SequenceKey .idx
-    return ".".join(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in keys)
