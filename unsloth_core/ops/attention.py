@@ -49,7 +49,7 @@ from .language import cast, dot
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a fully masked row never computes −inf − (−inf)
+LOWEST = tl.constexpr(-2e38)  # finite, also times LOG2E: a fully masked row never computes −inf − (−inf)
 
 
 class Tiles(NamedTuple):
@@ -197,7 +197,7 @@ def _source(base, rows, row_stride, head_stride, HEADS: tl.constexpr, HEAD: tl.c
     ranges."""
     if TMA:
         columns = (HEADS - 1) * head_stride + HEAD
-        return tl.make_tensor_descriptor(base, [rows, columns], [row_stride, 1], [B, WIDTH])
+        return tl.make_tensor_descriptor(base, [tl.maximum(rows, 1), columns], [row_stride, 1], [B, WIDTH])
     else:
         return base
 
@@ -245,7 +245,7 @@ def _first(base, row, rows, head, row_stride, head_stride, stride, HEADS: tl.con
     else:
         r, channel = tl.arange(0, B * FOLD), FIRST + tl.arange(0, WIDTH)
         base += row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride
-        local = r // FOLD * row_stride + r % FOLD * head_stride
+        local = r // FOLD * row_stride + (r % FOLD).to(tl.int64) * head_stride
         ok = (row + r // FOLD < rows) & (r % FOLD < PER)
         pointer = base + local[:, None] + (channel * stride)[None, :]
         return tl.load(pointer, mask=ok[:, None] & (channel < HEAD)[None, :], other=0.0)
@@ -277,8 +277,7 @@ def _tanh(x):
 
 @triton.jit
 def _probability(s, factor, lse, EXACT: tl.constexpr):
-    """e^(s·factor − lse) in base 2: one multiply-add per score for 16-bit inputs, one rounding less for
-    fp32."""
+    """e^(s·factor − lse) by exp2: one multiply-add per score for 16-bit inputs, the smallest error for fp32."""
     if EXACT:
         return tl.exp2((s * factor - lse) * LOG2E)
     else:
@@ -297,6 +296,7 @@ def _forward(
     BM: tl.constexpr = TOKENS * FOLD
     PER: tl.constexpr = GROUP if FOLD > 1 else 1  # query heads in a tile
     W2: tl.constexpr = K2 if K2 > 0 else 16
+    EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     # Neighbouring programs share keys; late tokens, which see most keys under a causal mask, go first.
     program = tl.program_id(0)
     head = program % (HEADS // PER) * PER
@@ -325,6 +325,7 @@ def _forward(
         v_from2 = _source(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K2, TMA)
 
     c = tl.arange(0, BN)
+    until = tl.minimum(hi, end)
     m = tl.full((BM,), LOWEST, tl.float32)
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, K1), tl.float32)
@@ -341,19 +342,19 @@ def _forward(
             s = _product(q, q2, k, k2, K2)
             if NEGATE:
                 s = -s
-            factor = inner * LOG2E
+            factor = inner
             if outer is not None:
                 s = _tanh(s * inner)
-                factor = outer * LOG2E
+                factor = outer
             if masked:
-                visible = ((n + c)[None, :] >= lo[:, None]) & ((n + c)[None, :] < tl.minimum(hi, end)[:, None])
+                visible = ((n + c)[None, :] >= lo[:, None]) & ((n + c)[None, :] < until[:, None])
                 s = tl.where(visible, s * factor, float("-inf"))
                 top = tl.maximum(m, tl.max(s, 1))
-                p = tl.exp2(s - top[:, None])
+                p = _probability(s, 1.0, top[:, None], EXACT)
             else:
                 top = tl.maximum(m, tl.max(s, 1) * factor)
-                p = tl.exp2(s * factor - top[:, None])
-            decay = tl.exp2(m - top)
+                p = _probability(s, factor, top[:, None], EXACT)
+            decay = tl.exp2((m - top) * LOG2E)
             m = top
             l = l * decay + tl.sum(p, 1)
             p = cast(p, V.dtype.element_ty)
@@ -369,7 +370,7 @@ def _forward(
     if L is not None:
         tl.store(
             L + at + r // FOLD * HEADS + member,
-            tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2),
+            tl.where(empty, float("-inf"), m + tl.log2(l) * LN2),
             mask=ok,
         )
     o_offset = (r // FOLD * HEADS + member) * HEAD
@@ -742,10 +743,10 @@ def _by_tma(*tensors: Tensor) -> bool:
     """Whether Hopper's copy engine can read blocks of these: 16-bit, aligned, and heads made of whole
     pieces."""
     size = tensors[0].shape[2]
-    if device.capability(tensors[0].device) < (9, 0) and not device.interpreting():
-        return False
+    if device.capability(tensors[0].device)[0] not in (9, 10) and not device.interpreting():
+        return False  # before Hopper descriptors are pointers in disguise; for sm_120 Triton 3.6 spills with them
     return sum(_pieces(size)) == size and all(
-        t.element_size() == 2 and t.stride(2) == 1 and t.data_ptr() % 16 == 0 and 0 < t.stride(0) < 2**31
+        t.element_size() == 2 and t.numel() > 0 and t.stride(2) == 1 and t.data_ptr() % 16 == 0 and 0 < t.stride(0) < 2**31
         and t.stride(0) % 8 == 0 and t.stride(1) % 8 == 0 and t.shape[1] * t.stride(1) < 2**31
         for t in tensors
     )  # fmt: skip
@@ -788,6 +789,11 @@ def _check(
     for name, t in (("k", k), ("v", v)):
         if t.dtype != q.dtype:
             raise ValueError(f"attention: {name} has dtype {t.dtype}, expected that of q, {q.dtype}")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if max(t.stride(0), t.stride(2)) >= 2**23:  # offsets inside a tile are 32-bit
+            raise NotImplementedError(
+                f"attention: {name} has strides {t.stride()}, rows and channels must be below 2**23"
+            )
     starts = q_segments.starts_S
     for name, t in (
         ("q_segments.starts_S", starts), ("q_segments.ends_S", q_segments.ends_S),
