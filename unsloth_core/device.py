@@ -34,6 +34,16 @@ def capability(device: torch.device) -> tuple[int, int]:
     return (properties.major, properties.minor)
 
 
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉. ``triton.cdiv`` is made for kernels and takes microseconds when the host calls it."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n (n >= 1)."""
+    return 1 << (n - 1).bit_length()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """``kernel[grid](*args, **options)`` on the device of the first tensor argument; an empty grid launches nothing.
 

@@ -26,11 +26,10 @@ from torch import Tensor
 
 from ..autodiff import custom_vjp
 from ..cost import Cost
-from ..device import launch
+from ..device import cdiv, launch
 from ..tree import ABSENT
 from .language import cast
 from .rms_norm import (
-    cdiv,
     check_norm,
     check_row_strides,
     in_registers,

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ..autodiff import custom_vjp
 from ..cost import Cost
-from ..device import launch
+from ..device import cdiv, launch, next_power_of_2
 from ..tree import ABSENT
 from .language import cast
 
@@ -328,7 +328,7 @@ def _backward_kernel(
 def _tile(logits: Tensor, most_lanes: int) -> dict[str, int | bool]:
     """Launch parameters by row length, element size and row distance."""
     VEC = 16 // logits.element_size()
-    lanes = min(most_lanes, max(32, triton.next_power_of_2(triton.cdiv(logits.shape[1], VEC))))
+    lanes = min(most_lanes, max(32, next_power_of_2(cdiv(logits.shape[1], VEC))))
     aligned = logits.stride(0) % 16 == 0
     return {
         "ALIGNED": aligned,

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..autodiff import custom_vjp
 from ..cost import Cost
-from ..device import launch
+from ..device import cdiv, launch, next_power_of_2
 from ..tree import ABSENT
 from .language import cast
 
@@ -123,7 +123,7 @@ def _sum_partials(
 
 def _tile(D: int) -> tuple[int, int]:
     """(rows, block of columns) of a program."""
-    block = min(512, triton.next_power_of_2(max(1, D)))
+    block = min(512, next_power_of_2(max(1, D)))
     return min(16, _TILE // block), block
 
 
@@ -160,7 +160,7 @@ def embedding_fwd(ids_N: Tensor, w_VD: Tensor, *, needs: Any, scale: float = 1.0
     x_ND = torch.empty((N, D), dtype=w_VD.dtype, device=w_VD.device)
     rows, block = _tile(D)
     launch(
-        _gather, (triton.cdiv(N, rows), triton.cdiv(D, block)),
+        _gather, (cdiv(N, rows), cdiv(D, block)),
         ids_N, w_VD, x_ND, N, D, V, *ids_N.stride(), *w_VD.stride(),
         scale=scale, ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -177,10 +177,10 @@ def embedding_bwd(residuals: Any, dx: Tensor, *, needs: Any, scale: float = 1.0)
     sorted_N, order_N = torch.sort(ids_N, stable=True)
     starts_N = torch.searchsorted(sorted_N, sorted_N, out_int32=True)
     ends_N = torch.searchsorted(sorted_N, sorted_N, right=True, out_int32=True)
-    chunks = triton.cdiv(N, _CHUNK)
+    chunks = cdiv(N, _CHUNK)
     partial = torch.empty((2 * chunks, D), dtype=torch.float32, device=w_VD.device)
     rows, block = _tile(D)
-    columns = triton.cdiv(D, block)
+    columns = cdiv(D, block)
     launch(
         _sum_chunks, (N, columns),
         sorted_N, order_N, starts_N, ends_N, dx, dw_VD, partial, D, V, *dx.stride(),

@@ -36,9 +36,9 @@ from torch import Tensor
 
 from ..autodiff import custom_vjp
 from ..cost import Cost
-from ..device import launch
+from ..device import cdiv, launch, next_power_of_2
 from .language import cast
-from .rms_norm import DTYPES, MAX_ROWS, cdiv, check_row_strides, cotangent_row_strides, row_offset
+from .rms_norm import DTYPES, MAX_ROWS, check_row_strides, cotangent_row_strides, row_offset
 
 _ACTS = ("silu", "gelu_tanh", "gelu_erf")
 _TILE = 2048  # elements of y per program
@@ -123,7 +123,7 @@ def _backward(
 def _tile_shape(F: int) -> tuple[int, int]:
     """Rows and columns of a tile: the widest one that idles at most an eighth of its lanes."""
     block = next((b for b in (1024, 512, 256) if cdiv(F, b) * b <= F + F // 8), 128)
-    block = min(block, triton.next_power_of_2(F))
+    block = min(block, next_power_of_2(F))
     return min(32, _TILE // block), block
 
 

@@ -242,7 +242,7 @@ def configuration(rows: int, cols: int, dtype: torch.dtype, where: torch.device)
         return CONFIGS[("narrow" if cols <= rows else "flat") + width]
     for name in ("large", "medium"):
         tile = CONFIGS[name]
-        if triton.cdiv(rows, tile.m) * triton.cdiv(cols, tile.n) >= device.sms(where):
+        if device.cdiv(rows, tile.m) * device.cdiv(cols, tile.n) >= device.sms(where):
             return tile
     return CONFIGS["small"]
 
@@ -299,12 +299,12 @@ def product(
     out = torch.empty(rows, cols, dtype=out_dtype, device=where)
     epilogue = (None if bias is ABSENT else bias, None if add is ABSENT else add, float(alpha))
     epilogue_strides = (*((0, 0) if add is ABSENT else add.stride()), 0 if bias is ABSENT else bias.stride(0))
-    tiles = triton.cdiv(rows, config.m) * triton.cdiv(cols, config.n)
+    tiles = device.cdiv(rows, config.m) * device.cdiv(cols, config.n)
     options = {
         "BLOCK_M": config.m,
         "BLOCK_N": config.n,
         "BLOCK_K": config.k,
-        "BLOCK_R": min(_STEP_RANK, triton.next_power_of_2(max(16, rank))),
+        "BLOCK_R": min(_STEP_RANK, device.next_power_of_2(max(16, rank))),
         "GROUP": _GROUP,
         "num_warps": config.warps,
         "num_stages": config.stages,
@@ -333,8 +333,8 @@ def product(
     splits = 1
     if update is ABSENT and epilogue[:2] == (None, None):
         splits = max(1, min(device.sms(where) // max(tiles, 1), inner // (2 * config.k)))
-    chunk = max(1, triton.cdiv(triton.cdiv(inner, splits), config.k)) * config.k
-    splits = max(1, triton.cdiv(inner, chunk))
+    chunk = max(1, device.cdiv(device.cdiv(inner, splits), config.k)) * config.k
+    splits = max(1, device.cdiv(inner, chunk))
     target = out if splits == 1 else torch.empty(splits, rows, cols, dtype=torch.float32, device=where)
     device.launch(
         _product_kernel,
@@ -346,7 +346,7 @@ def product(
         **options,
     )
     if splits > 1:
-        grid = (triton.cdiv(rows * cols, 1024),)
+        grid = (device.cdiv(rows * cols, 1024),)
         device.launch(_sum_kernel, grid, target, out, rows * cols, splits, BLOCK=1024, enable_fp_fusion=True)
     return out
 
@@ -486,7 +486,7 @@ def _adapters(w: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     16, so that any ranks make aligned operands."""
     m, c = shape(w)
     placed = list(_placed(w))
-    ranks = triton.cdiv(placed[-1][3].stop, 16) * 16
+    ranks = device.cdiv(placed[-1][3].stop, 16) * 16
     a_RC, v_MR = like.new_zeros(ranks, c), like.new_zeros(m, ranks)
     for _, part, rows, at in placed:
         a_RC[at].copy_(part.a)

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ..autodiff import custom_vjp
 from ..cost import Cost
-from ..device import launch
+from ..device import cdiv, launch, next_power_of_2
 from ..tree import ABSENT
 from .cross_entropy import check_dtype, check_options, check_targets, forward_pass
 from .language import cast
@@ -54,8 +54,8 @@ def chunk_rows(M: int, V: int, trainable: bool) -> int:
     most = 1 << max(0, round(math.log2(CHUNK_LOGITS / V)))
     if trainable:
         most = max(most, TRAINABLE_ROWS)
-    even = triton.cdiv(M, max(1, triton.cdiv(M, most)))
-    return min(most, M, triton.cdiv(even, 128) * 128)
+    even = cdiv(M, max(1, cdiv(M, most)))
+    return min(most, M, cdiv(even, 128) * 128)
 
 
 @triton.jit
@@ -95,8 +95,8 @@ def _sum_kernel(losses_ptr, out_ptr, M, BLOCK: tl.constexpr):
 
 def _by_rows(M: int, D: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and launch parameters of a kernel that walks M rows of D elements."""
-    BLOCK = min(4096, triton.next_power_of_2(D))
-    return (M, triton.cdiv(D, BLOCK)), {
+    BLOCK = min(4096, next_power_of_2(D))
+    return (M, cdiv(D, BLOCK)), {
         "BLOCK": BLOCK,
         "num_warps": min(8, max(1, BLOCK // 512)),
         "enable_fp_fusion": False,
@@ -183,7 +183,7 @@ def linear_cross_entropy_fwd(
         return torch.empty(shape, dtype=dtype, device=x_ND.device)
 
     losses = empty(M, dtype=torch.float32)
-    logits = empty(chunk, triton.cdiv(V, 16) * 16)
+    logits = empty(chunk, cdiv(V, 16) * 16)
     x_grad = empty(M, D) if need_x else ABSENT
     w_grad = empty(V, D, dtype=torch.float32 if chunk < M else w_VD.dtype) if need_w else ABSENT
     if need_w and M == 0:

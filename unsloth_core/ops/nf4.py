@@ -87,7 +87,7 @@ def dequantize(w: NF4, *, out: Tensor | None = None) -> Tensor:
     nested = w.nested or None
     device.launch(
         _dequantize_kernel,
-        (triton.cdiv(elements, _WORDS * per_word),),
+        (device.cdiv(elements, _WORDS * per_word),),
         codes.view(torch.int32) if whole_words else codes,
         w.absmax,
         nested and nested.absmax_P,

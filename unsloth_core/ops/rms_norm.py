@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ..autodiff import custom_vjp
 from ..cost import Cost
-from ..device import launch, sms
+from ..device import cdiv, launch, next_power_of_2, sms
 from ..tree import ABSENT
 from .language import cast
 
@@ -295,7 +295,7 @@ def in_registers(x: Tensor) -> bool:
 @functools.cache
 def whole_rows(D: int) -> tuple[int, int, int]:
     """(rows per program, block of columns, warps) of a kernel that keeps whole rows in registers."""
-    block = triton.next_power_of_2(D)
+    block = next_power_of_2(D)
     rows = min(32, 4096 // block) if block <= 1024 else 1
     return rows, block, min(32, max(4, block // 512))
 
@@ -303,13 +303,8 @@ def whole_rows(D: int) -> tuple[int, int, int]:
 @functools.cache
 def _column_tile(D: int, narrowest: int) -> tuple[int, int]:
     """(rows, columns) of a tile of kernels that add up columns: narrow enough for many programs across."""
-    block = min(512, max(narrowest, triton.next_power_of_2(D) // 128))
+    block = min(512, max(narrowest, next_power_of_2(D) // 128))
     return 4096 // block, block
-
-
-def cdiv(a: int, b: int) -> int:
-    """⌈a / b⌉; ``triton.cdiv``, which kernels use too, costs microseconds in Python."""
-    return -(-a // b)
 
 
 def _partial_rows(x: Tensor, rows: int, ROWS: int, programs_per_sm: int) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..autodiff import custom_vjp
 from ..cost import Cost
-from ..device import launch
+from ..device import cdiv, launch, next_power_of_2
 from ..tree import ABSENT
 from .language import cast
 
@@ -94,8 +94,8 @@ def _turn(
 
 def _tile(H: int, G: int, J: int) -> tuple[int, int, int]:
     """(tokens, heads, pairs) of a tile: the most heads that leave a quarter of the lanes idle or less."""
-    block_h = next(b for b in (8, 4, 2, 1) if 3 * b * (triton.cdiv(H, b) + triton.cdiv(G, b)) <= 4 * (H + G))
-    block_j = triton.next_power_of_2(J)
+    block_h = next(b for b in (8, 4, 2, 1) if 3 * b * (cdiv(H, b) + cdiv(G, b)) <= 4 * (H + G))
+    block_j = next_power_of_2(J)
     return max(1, _PAIRS // (block_h * block_j)), block_h, block_j
 
 
@@ -112,11 +112,11 @@ def _launch(q: Any, k: Any, cos_NJ: Tensor, sin_NJ: Tensor, *, backward: bool) -
     block_t, block_h, block_j = _tile(H, G, J)
     tensors = (None if x is ABSENT else x for x in (q, k))
     launch(
-        _turn, (triton.cdiv(N, block_t),),
+        _turn, (cdiv(N, block_t),),
         *tensors, cos_NJ, sin_NJ, *(None if x is ABSENT else x for x in outs),
         N, *strides[0], *strides[1], *cos_NJ.stride(), *sin_NJ.stride(),
         H=H, G=G, K=K, J=J, BACKWARD=backward, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_J=block_j,
-        BLOCK_REST=triton.next_power_of_2(max(1, K - 2 * J)), num_warps=4, enable_fp_fusion=True,
+        BLOCK_REST=next_power_of_2(max(1, K - 2 * J)), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return outs[0], outs[1]
 
