@@ -65,7 +65,7 @@ def assert_op_rule(ours: Tensor, torch_same: Tensor, t64: Tensor, what: str, fac
 
 
 def assert_same_up_to_order(a: Tensor, b: Tensor) -> None:
-    """Two fp32 results of one sum: compiled for other strides, lanes hold other elements and add them in another order."""
+    """Two fp32 results of one sum: compiled for other strides, lanes hold and add its terms in another order."""
     torch.testing.assert_close(a, b, rtol=2**-18, atol=2**-18 * float(b.abs().max()) if b.numel() else 0.0)
 
 
