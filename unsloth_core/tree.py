@@ -114,16 +114,17 @@ def pytree(cls: type[_T]) -> type[_T]:
         node.__dict__.update(zip(statics, context, strict=True))
         return node
 
+    def to_keyed_children(node: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        keys = [pt.GetAttrKey(name) for name in children]
+        return list(zip(keys, to_children(node), strict=True)), to_context(node)
+
     to_children, to_context = _getter(children), _getter(statics)
     _NODES[cls] = _Node(to_children, to_context, from_children, lambda _: children)
     pt.register_pytree_node(  # foreign code (torch.compile, torch.export) sees the same nodes
         cls,
         lambda node: (list(to_children(node)), to_context(node)),
         from_children,
-        flatten_with_keys_fn=lambda node: (
-            [(pt.GetAttrKey(name), value) for name, value in zip(children, to_children(node), strict=True)],
-            to_context(node),
-        ),
+        flatten_with_keys_fn=to_keyed_children,
         serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
     )
     return cls
