@@ -33,8 +33,18 @@ check: $(VENV)/.installed-test
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest $(ARGS)
 
+# The model comes first, so that no output of pip lands in a notebook; no bars and no times, so that a diff shows results.
+notebooks: export OMP_WAIT_POLICY := PASSIVE
+notebooks: export TQDM_DISABLE := 1
+notebooks: export PYTHONWARNINGS := ignore:IProgress not found
 notebooks: $(VENV)/.installed-notebooks
-	for f in notebooks/*.py; do $(BIN)/jupytext --to ipynb --execute "$$f" || exit 1; done
+	PYTHONPATH=examples $(BIN)/python -c "from quickstart import packaged_model; packaged_model()"
+	for f in notebooks/*.py; do \
+		$(BIN)/jupytext --to ipynb --update "$$f" && $(BIN)/jupyter-nbconvert --to notebook --inplace --execute \
+			--ExecutePreprocessor.record_timing=False \
+			--NotebookExporter.preprocessors=nbconvert.preprocessors.CoalesceStreamsPreprocessor \
+			"$${f%.py}.ipynb" || exit 1; \
+	done
 
 perf:
 	PYTHONPATH=. $(PYTHON) perf/run.py $(ARGS)
