@@ -106,8 +106,8 @@ def _check_type(where: str, name: str, value: Any) -> None:
 
 
 def _toml(value: Any) -> str:
-    """JSON writes these values as TOML does, but for its infinity and its pairs of surrogates."""
-    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+    """JSON writes these values as TOML does, but for its infinity, its pairs of surrogates, and a bare delete."""
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 Step = Callable[[Adapters, Any, Sequence[Batch]], tuple[Adapters, Any, dict[str, Tensor]]]
@@ -178,8 +178,6 @@ def finetune(
             "finetune: this model has no tokenizer; load one with the model, or write the loop with make_step"
         )
     output = Path(o.output)
-    if model.tokenizer is None:
-        raise ValueError("finetune: this model has no tokenizer; load one with the model")
     training, held_out = data.split(data.read_examples(examples), o.eval_fraction, o.seed)
     device = params.embed.device
     more = {"tokens": o.tokens, "train_on": o.train_on, "device": device, "progress": progress}
@@ -199,7 +197,9 @@ def finetune(
     state = optimizer.init(adapters)
     history: list[dict[str, float]] = []
     identity = {**dataclasses.asdict(o), "output": None, "total_steps": steps}
-    identity["data"] = hashlib.sha256(batches.examples.ids.tobytes() + batches.examples.trained).hexdigest()
+    tokenised = batches.examples
+    contents = (tokenised.ids, tokenised.trained, tokenised.ends)
+    identity["data"] = hashlib.sha256(b"".join(map(bytes, contents))).hexdigest()
     identity["model"] = f"{model.source}, {tree.nbytes(params)} bytes of {params.embed.dtype}"
     newest = checkpoint.newest(output / "checkpoints") if resume else None
     if newest is not None:
