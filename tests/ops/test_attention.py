@@ -12,7 +12,6 @@ from oprule import DEVICE, DTYPES, assert_op_rule, check_op, rand
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import unsloth_core.backend as backend
-from unsloth_core import device
 from unsloth_core.ops.attention import attention, configurations, cost
 from unsloth_core.reference.attention import attention as reference
 from unsloth_core.segments import Segments
@@ -325,13 +324,22 @@ def test_cost_counts_visible_pairs(queries, keys, causal, window):
     assert backward.flops == 2.5 * forward.flops
 
 
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_every_device_has_tiles_for_every_head_size(capability):
+    table = configurations(capability)
+    assert {dtype for dtype, _ in table} == set(DTYPES)
+    assert all((dtype, 256) in table for dtype in DTYPES)
+    powers = {2**i for i in range(4, 9)}
+    tiles = [t for launch in table.values() for t in launch]
+    assert all({t.queries, t.keys} <= powers and t.queries <= 128 for t in tiles)
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="runs every row of the launch table, which is for GPUs")
 @pytest.mark.parametrize("K", [33, 64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", ["aligned", "ragged", "decode"])
 def test_every_launch_configuration(dtype, K, rows):
     """Compiled code of every tile against float64, and 20 repeats to the same bits (a race would show)."""
-    assert (dtype, min(s for s in (64, 128, 256) if s >= K)) in configurations(device.capability(DEVICE))
     match rows:
         case "aligned":
             (q_segments, N), (kv_segments, M) = packed([512, 256]), packed([512, 256])

@@ -32,6 +32,7 @@ two-kernel backward and the loop order, Flash-Decoding (Dao et al. 2023) for spl
 throughout.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -84,8 +85,11 @@ TABLE: dict[tuple[str, int], Launch] = {  # by device class and largest head siz
     ("sm_90", 64): Launch(
         Tiles(128, 64, 8, 2, 128), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)
     ),
-    ("sm_90", 128): Launch(
+    ("sm_90", 96): Launch(
         Tiles(128, 64, 8, 2, 128), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
+    ),
+    ("sm_90", 128): Launch(
+        Tiles(128, 64, 8, 3), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
     ),
     ("sm_90", 256): Launch(
         Tiles(128, 64, 8, 2), Tiles(16, 64, 4, 2), Tiles(32, 64, 8, 2), Tiles(128, 32, 8, 2)
@@ -126,22 +130,27 @@ INTERPRETED = Launch(Tiles(64, 32, 4, 1), Tiles(16, 16, 4, 1), Tiles(32, 64, 4, 
 def configurations(capability: tuple[int, int]) -> dict[tuple[torch.dtype, int], Launch]:
     """The launch table of a device by (dtype, largest head size): what has to be run once on each new GPU."""
     return {
-        (dtype, size): _launch(dtype, size, capability)
+        (dtype, size): launch
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
-        for size in (64, 128, 256)
+        for (kind, size), launch in TABLE.items()
+        if kind == _kind(dtype, capability)
     }
 
 
+def _kind(dtype: torch.dtype, capability: tuple[int, int]) -> str:
+    if dtype == torch.float32 or capability < (8, 0):  # before sm_80 Triton's products are scalar
+        return "fp32"
+    if capability[0] in (9, 10):
+        return "sm_90"
+    return "sm_80" if capability == (8, 0) else "small"
+
+
+@functools.cache
 def _launch(dtype: torch.dtype, size: int, capability: tuple[int, int]) -> Launch:
     if device.interpreting():
         return INTERPRETED
-    if dtype == torch.float32 or capability < (8, 0):  # before sm_80 Triton's products are scalar
-        kind = "fp32"
-    elif capability[0] in (9, 10):
-        kind = "sm_90"
-    else:
-        kind = "sm_80" if capability == (8, 0) else "small"
-    return TABLE[kind, 64 if size <= 64 else 128 if size <= 128 else 256]
+    kind = _kind(dtype, capability)
+    return TABLE[kind, min(largest for k, largest in TABLE if k == kind and largest >= size)]
 
 
 @triton.jit
@@ -277,7 +286,8 @@ def _tanh(x):
 
 @triton.jit
 def _probability(s, factor, lse, EXACT: tl.constexpr):
-    """e^(s·factor − lse) by exp2: one multiply-add per score for 16-bit inputs, the smallest error for fp32."""
+    """e^(s·factor − lse) by exp2: one multiply-add per score for 16-bit inputs, the smallest error for
+    fp32."""
     if EXACT:
         return tl.exp2((s * factor - lse) * LOG2E)
     else:
@@ -746,7 +756,8 @@ def _by_tma(*tensors: Tensor) -> bool:
     if device.capability(tensors[0].device)[0] not in (9, 10) and not device.interpreting():
         return False  # before Hopper descriptors are pointers in disguise; for sm_120 Triton 3.6 spills with them
     return sum(_pieces(size)) == size and all(
-        t.element_size() == 2 and t.numel() > 0 and t.stride(2) == 1 and t.data_ptr() % 16 == 0 and 0 < t.stride(0) < 2**31
+        t.element_size() == 2 and t.numel() > 0 and t.stride(2) == 1 and t.data_ptr() % 16 == 0
+        and 0 < t.stride(0) < 2**31
         and t.stride(0) % 8 == 0 and t.stride(1) % 8 == 0 and t.shape[1] * t.stride(1) < 2**31
         for t in tensors
     )  # fmt: skip
