@@ -33,7 +33,7 @@ check: $(VENV)/.installed-test
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest $(ARGS)
 
-# The model comes first, so that no output of pip lands in a notebook; no bars and no times, so that a diff shows results.
+# The model comes first, so that no output of pip lands in a notebook; no bars and no times, so that diffs show results.
 notebooks: export OMP_WAIT_POLICY := PASSIVE
 notebooks: export TQDM_DISABLE := 1
 notebooks: export PYTHONWARNINGS := ignore:IProgress not found
