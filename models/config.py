@@ -23,7 +23,7 @@ class ConfigReader:
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self.raw = raw
         self._where = f"config.json (model_type {raw.get('model_type')!r})"
-        self._taken = set(IGNORED | ROTARY)
+        self._taken: set[str] = {*IGNORED, *ROTARY}
 
     def take(self, name: str, default: Any = _REQUIRED) -> Any:
         """The field, or the default when it is absent or null; without a default ValueError."""

@@ -51,7 +51,8 @@ class Config:
         read.expect("hidden_act", "silu")
         read.expect("attention_dropout", 0, 0.0)
         read.expect("rope_interleaved", False)
-        read.flag("attention_bias", False), read.flag("mlp_bias", False)  # biases are seen by their presence
+        for name in ("attention_bias", "mlp_bias"):
+            read.flag(name, False)  # biases are seen by their presence
         heads = read.size("num_attention_heads", 32)
         width = read.size("hidden_size", 4096)
         head_dim = read.size("head_dim", width // heads)

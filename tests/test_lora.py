@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 import warnings
 
 import peft
@@ -13,7 +14,7 @@ from tiny import VERSIONS, judge, ours
 
 from unsloth_core import backend, lora, random, tree, weights
 from unsloth_core.load import named_tensors
-from unsloth_core.tree import ABSENT
+from unsloth_core.tree import ABSENT, leaf, pytree, static
 from unsloth_core.weights import Adapted, LoRA
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -141,12 +142,46 @@ def test_we_load_what_peft_saves(name, dtype, tmp_path):
         file = tmp_path / "adapter_model.safetensors"
         save_file({k: t.to(dtype) for k, t in load_file(file).items()}, file, {"format": "pt"})
     adapters = lora.load(tmp_path, params)
-    for leaf in tree.leaves(adapters):
-        assert leaf.dtype == torch.float32 and leaf.device == params.embed.device and leaf.is_contiguous()
+    for t in tree.leaves(adapters):
+        assert t.dtype == torch.float32 and t.device == params.embed.device and t.is_contiguous()
     theirs = peft.PeftModel.from_pretrained(make()[0], str(tmp_path)).eval()  # the file sorts patterns; the first wins
     same(model.logits(lora.adapt(params, adapters), tokens(hf)), theirs(tokens(hf)).logits)
     merged = theirs.merge_and_unload()
     same(model.logits(lora.merge(params, adapters), tokens(hf)), merged(tokens(hf)).logits)
+
+
+@pytree
+class FusedLayer:
+    """Phi's names: one tensor is one part, and gets one adapter."""
+
+    qkv: torch.Tensor = leaf("Q+2R D", "self_attn.qkv_proj.weight")
+    o: torch.Tensor = leaf("D Q", "self_attn.o_proj.weight")
+    gate_up: torch.Tensor = leaf("2F D", "mlp.gate_up_proj.weight")
+    down: torch.Tensor = leaf("D F", "mlp.down_proj.weight")
+
+
+@pytree
+class Fused:
+    layers: tuple[FusedLayer, ...] = weights.blocks(FusedLayer, "model.layers.{i}.")
+    config: types.SimpleNamespace = static()
+
+
+@pytest.mark.parametrize("targets, names", [("attention", ["o_proj", "qkv_proj"]), (["down_proj"], ["down_proj"])])
+def test_fused_names(targets, names, tmp_path):
+    hf = judge("phi3")
+    stored = hf.state_dict()
+    config = types.SimpleNamespace(dims={"D": 48, "Q": 48, "R": 24, "F": 80, "L": 2})
+    params = weights.build(Fused, config.dims, lambda d: stored[d.names[0]].clone(), config=config)
+    adapters = randomised(lora.init(random.key(0), params, rank=3, alpha=2, targets=targets))
+    assert sorted({path.rpartition(".")[2] for path in adapters}) == names
+    model = types.SimpleNamespace(family=types.SimpleNamespace(Weights=Fused), config=config, source="phi")
+    lora.save(adapters, tmp_path, model)
+    assert_equal(lora.load(tmp_path, params), adapters)
+    base = named_tensors(params)
+    theirs = peft.PeftModel.from_pretrained(hf, str(tmp_path)).merge_and_unload().state_dict()
+    for name, merged in named_tensors(lora.merge(params, adapters)).items():
+        same(merged, theirs[name])
+        assert torch.equal(merged, base[name]) != (name.split(".")[-2] in names)
 
 
 # ---- new adapters
