@@ -44,7 +44,7 @@ def main() -> int:
     training = time.perf_counter()
     adapters, history = uc.finetune(
         model, params, EXAMPLES, output=str(OUTPUT), resume=False,
-        rank=8, lr=1e-3, steps=30, warmup=3, tokens=TOKENS,
+        rank=8, lr=2e-3, steps=30, warmup=3, tokens=TOKENS,
     )  # fmt: skip
     training = time.perf_counter() - training
 
