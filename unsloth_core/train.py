@@ -257,9 +257,9 @@ def plot_loss(history: list[dict[str, float]], file: str | os.PathLike[str]) -> 
     axes = figure.add_subplot(xlabel="step", ylabel="loss per target token")
     steps, losses = [row["step"] for row in history], [row["loss"] for row in history]
     axes.plot(steps, losses, color="0.75", linewidth=1, label="each step")
-    window = max(1, len(losses) // 20)
+    window = max(5, len(losses) // 20)
     means = [statistics.fmean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
-    axes.plot(steps, means, color="C0", label=f"mean of {window}" if window > 1 else "loss")
+    axes.plot(steps, means, color="C0", label=f"mean of {window}")
     measured = [(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row]
     if measured:
         axes.plot(*zip(*measured, strict=True), "o-", color="C1", label="held out")
