@@ -34,7 +34,7 @@ throughout.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -79,7 +79,9 @@ class Launch(NamedTuple):
 
 # Columns: forward, decode, dkdv, dq. Shared memory per program: 227 KiB on sm_90 and sm_100, 163 KiB on
 # sm_80, 99 KiB on sm_86, sm_89 and sm_120 ("small"). fp32 products run on scalar units, so registers bound
-# their tiles.
+# their tiles. "sm_90 pointers": for heads that the copy engine cannot read. There Triton 3.6 compiles every wider
+# forward tile tried (128 or 64 queries, 64 or 128 keys, 1 or 2 stages) to reads beyond shared memory at a head of
+# 33, as compute-sanitizer shows; triton-lang/triton #11366 is of this kind.
 # fmt: off
 TABLE: dict[tuple[str, int], Launch] = {  # by device class and largest head size
     ("sm_90", 64): Launch(
@@ -93,6 +95,15 @@ TABLE: dict[tuple[str, int], Launch] = {  # by device class and largest head siz
     ),
     ("sm_90", 256): Launch(
         Tiles(128, 64, 8, 2), Tiles(16, 64, 4, 2), Tiles(32, 64, 8, 2), Tiles(128, 32, 8, 2)
+    ),
+    ("sm_90 pointers", 64): Launch(
+        Tiles(64, 32, 4, 2), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)
+    ),
+    ("sm_90 pointers", 128): Launch(
+        Tiles(64, 32, 4, 2), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
+    ),
+    ("sm_90 pointers", 256): Launch(
+        Tiles(64, 32, 4, 2), Tiles(16, 64, 4, 2), Tiles(32, 64, 8, 2), Tiles(128, 32, 8, 2)
     ),
     ("sm_80", 64): Launch(
         Tiles(128, 64, 8, 2), Tiles(16, 64, 4, 3), Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 2)
@@ -127,29 +138,29 @@ TABLE: dict[tuple[str, int], Launch] = {  # by device class and largest head siz
 INTERPRETED = Launch(Tiles(64, 32, 4, 1), Tiles(16, 16, 4, 1), Tiles(32, 64, 4, 1), Tiles(64, 32, 4, 1))
 
 
-def configurations(capability: tuple[int, int]) -> dict[tuple[torch.dtype, int], Launch]:
-    """The launch table of a device by (dtype, largest head size): what has to be run once on each new GPU."""
+def configurations(capability: tuple[int, int]) -> dict[tuple[torch.dtype, str, int], Launch]:
+    """The launch table of a device by (dtype, kind, largest head size): what has to be run once on each new GPU."""
     return {
-        (dtype, size): launch
+        (dtype, kind, size): launch
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
         for (kind, size), launch in TABLE.items()
-        if kind == _kind(dtype, capability)
+        if kind in (_kind(dtype, capability, tma=True), _kind(dtype, capability, tma=False))
     }
 
 
-def _kind(dtype: torch.dtype, capability: tuple[int, int]) -> str:
+def _kind(dtype: torch.dtype, capability: tuple[int, int], *, tma: bool) -> str:
     if dtype == torch.float32 or capability < (8, 0):  # before sm_80 Triton's products are scalar
         return "fp32"
     if capability[0] in (9, 10):
-        return "sm_90"
+        return "sm_90" if tma else "sm_90 pointers"
     return "sm_80" if capability == (8, 0) else "small"
 
 
 @functools.cache
-def _launch(dtype: torch.dtype, size: int, capability: tuple[int, int]) -> Launch:
+def _launch(dtype: torch.dtype, size: int, capability: tuple[int, int], tma: bool) -> Launch:
     if device.interpreting():
         return INTERPRETED
-    kind = _kind(dtype, capability)
+    kind = _kind(dtype, capability, tma=tma)
     return TABLE[kind, min(largest for k, largest in TABLE if k == kind and largest >= size)]
 
 
@@ -612,7 +623,7 @@ def attention_fwd(
     window: int | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
-) -> tuple[Tensor | tuple[Tensor, Tensor], Tree]:
+) -> tuple[Any, Tree]:
     """Attention of every query row over the visible keys of the segment with the same index.
 
     ``q_NHK`` (N, H, K), ``k_MGK`` and ``v_MGK`` (M, G, K): fp16, bf16 or fp32, any strides; H a multiple of
@@ -625,14 +636,15 @@ def attention_fwd(
     _check(q_NHK, k_MGK, v_MGK, q_segments, kv_segments, window, softcap)
     (N, H, K), (M, G, _) = q_NHK.shape, k_MGK.shape
     where, group = q_NHK.device, H // G
-    launch = _launch(q_NHK.dtype, K, device.capability(where))
+    tma = _by_tma(q_NHK, k_MGK, v_MGK)
+    launch = _launch(q_NHK.dtype, K, device.capability(where), tma)
     tokens, fold, splits, tiles = launch.forward.queries, 1, 1, launch.forward
-    few = triton.next_power_of_2(max(q_segments.max_len, 1))
-    if few * triton.next_power_of_2(group) <= 64:
+    few = device.next_power_of_2(max(q_segments.max_len, 1))
+    if few * device.next_power_of_2(group) <= 64:
         tiles = launch.decode
-        tokens, fold = few, max(triton.next_power_of_2(group), tiles.queries // few)
-        blocks = triton.cdiv(kv_segments.max_len, tiles.keys)
-        programs = triton.cdiv(N, tokens) * G
+        tokens, fold = few, max(device.next_power_of_2(group), tiles.queries // few)
+        blocks = device.cdiv(kv_segments.max_len, tiles.keys)
+        programs = device.cdiv(N, tokens) * G
         splits = max(1, min(2 * device.sms(where) // max(programs, 1), blocks // 2, 64))
         splits = 1 << (splits.bit_length() - 1)
 
@@ -644,14 +656,14 @@ def attention_fwd(
     else:
         to, to_lse = o, lse
     device.launch(
-        _forward, (triton.cdiv(N, tokens) * (H if fold == 1 else G) * splits,), q_NHK, k_MGK, v_MGK, to, to_lse,
+        _forward, (device.cdiv(N, tokens) * (H if fold == 1 else G) * splits,), q_NHK, k_MGK, v_MGK, to, to_lse,
         *_segments(q_segments, kv_segments), N, M, *q_NHK.stride(), *k_MGK.stride(), *v_MGK.stride(),
         *_factors(K, scale, softcap)[:2], window, H, group, K, *_pieces(K), tokens, fold, tiles.keys, splits,
         q_segments.starts_S.shape[0].bit_length(), causal, scale is not None and scale < 0,
-        _by_tma(q_NHK, k_MGK, v_MGK), **tiles.options(),
+        tma, **tiles.options(),
     )  # fmt: skip
     if splits > 1:
-        device.launch(_merge, (N * H,), to, to_lse, o, lse, N * H, K, triton.next_power_of_2(K), splits, num_warps=1)
+        device.launch(_merge, (N * H,), to, to_lse, o, lse, N * H, K, device.next_power_of_2(K), splits, num_warps=1)
     out = (o, lse) if return_lse else o
     return out, (q_NHK, k_MGK, v_MGK, o, ABSENT if lse is None else lse, q_segments, kv_segments)
 
@@ -666,7 +678,7 @@ def attention_bwd(
     window: int | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tree, Tree]:
+) -> tuple[Any, ...]:
     """``(dq, dk, dv, ABSENT, ABSENT)`` from three kernels: Δ, then dk with dv, then dq; the last two if
     needed."""
     q, k, v, o, lse, q_segments, kv_segments = residuals
@@ -675,19 +687,20 @@ def attention_bwd(
     do, dlse = dy if isinstance(dy, tuple) else (dy, ABSENT)
     if do is ABSENT:
         do = o.new_zeros(()).expand(o.shape)
-    launch = _launch(q.dtype, K, device.capability(where))
+    tma = _by_tma(q, k, v, do)
+    launch = _launch(q.dtype, K, device.capability(where), tma)
     inner, outer, scale = _factors(K, scale, softcap)
     segments = (*_segments(q_segments, kv_segments), N, M)
     strides = (*q.stride(), *k.stride(), *v.stride(), *do.stride())
     steps = q_segments.starts_S.shape[0].bit_length()
 
-    P = triton.cdiv(N, 64) * 64 + 128  # a tile starts at any row and is at most 128 long
+    P = device.cdiv(N, 64) * 64 + 128  # a tile starts at any row and is at most 128 long
     lse_h = torch.empty((H, P), dtype=torch.float32, device=where)
     delta = torch.empty((H, P), dtype=torch.float32, device=where)
     device.launch(
         _delta, (P // 64, H), o, do, lse, dlse if dlse is not ABSENT else None, lse_h, delta, N, P,
         *o.stride(), *do.stride(), *lse.stride(), *(dlse.stride() if dlse is not ABSENT else (0, 0)),
-        K, triton.next_power_of_2(K), 64, num_warps=4, enable_fp_fusion=True,
+        K, device.next_power_of_2(K), 64, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     dq, dk, dv = (
         torch.empty(t.shape, dtype=t.dtype, device=where) if n else None for t, n in zip((q, k, v), needs, strict=False)
@@ -695,16 +708,16 @@ def attention_bwd(
     if needs[1] or needs[2]:
         tiles = launch.dkdv
         device.launch(
-            _dkdv, (triton.cdiv(M, tiles.keys) * G,), q, k, v, do, lse_h, delta, P, dk, dv, *segments, *strides,
+            _dkdv, (device.cdiv(M, tiles.keys) * G,), q, k, v, do, lse_h, delta, P, dk, dv, *segments, *strides,
             inner, outer, scale, window, G, group, K, *_pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
-            _by_tma(q, k, v, do), **tiles.options(),
+            tma, **tiles.options(),
         )  # fmt: skip
     if needs[0]:
         tiles = launch.dq
         device.launch(
-            _dq, (triton.cdiv(N, tiles.queries) * H,), q, k, v, do, lse_h, delta, P, dq, *segments, *strides,
+            _dq, (device.cdiv(N, tiles.queries) * H,), q, k, v, do, lse_h, delta, P, dq, *segments, *strides,
             inner, outer, scale, window, H, group, K, *_pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
-            _by_tma(q, k, v, do), **tiles.options(),
+            tma, **tiles.options(),
         )  # fmt: skip
     return *(ABSENT if d is None else d for d in (dq, dk, dv)), ABSENT, ABSENT
 
@@ -744,8 +757,8 @@ def _triangle(positions: range) -> int:
 
 def _pieces(K: int) -> tuple[int, int]:
     """A head as one power of two, or as two if their sum is smaller: 80 = 64 + 16, 96 = 64 + 32."""
-    whole = max(16, triton.next_power_of_2(K))
-    rest = max(16, triton.next_power_of_2(max(K - whole // 2, 1)))
+    whole = max(16, device.next_power_of_2(K))
+    rest = max(16, device.next_power_of_2(max(K - whole // 2, 1)))
     return (whole // 2, rest) if K > 32 and whole // 2 + rest < whole else (whole, 0)
 
 
