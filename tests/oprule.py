@@ -56,11 +56,13 @@ def assert_op_rule(ours: Tensor, torch_same: Tensor, t64: Tensor, what: str, fac
     largest = t.abs().max()
     ulp = torch.finfo(ours.dtype).eps * torch.exp2(torch.floor(torch.log2(largest))) if largest > 0 else 0.0
     ulp = max(float(ulp), torch.finfo(ours.dtype).smallest_normal)
-    error, allowed = float((o - t).abs().max()), factor * float((p - t).abs().max()) + ulp
+    # Half a unit is what correct rounding may cost; where PyTorch errs less, in a tensor of few elements, it was lucky.
+    error, allowed = float((o - t).abs().max()), factor * max(float((p - t).abs().max()), ulp / 2) + ulp
     assert error <= allowed, f"{what}: max error {error:.3e} > {allowed:.3e} (max|t| {float(largest):.3e})"
     norm = float(t.norm())
     if norm > 0:
-        error, allowed = float((o - t).norm()) / norm, factor * float((p - t).norm()) / norm + _NORM_SLACK[ours.dtype]
+        slack = _NORM_SLACK[ours.dtype]
+        error, allowed = float((o - t).norm()) / norm, factor * max(float((p - t).norm()) / norm, slack / 2) + slack
         assert error <= allowed, f"{what}: relative norm {error:.3e} > {allowed:.3e}"
 
 
@@ -77,9 +79,11 @@ def check_op(
     seed: int = 0,
     frozen: Callable[[str], bool] = lambda path: False,
     factor: float = 2.0,
+    judge: Callable[..., Any] | None = None,
 ) -> None:
     """Put ``op(*args, **statics)`` through the contract. ``frozen(path)`` names leaves that never get a gradient.
 
+    ``judge``: what PyTorch's user would write in the same dtype, where the reference is kinder to itself than that.
     Paths are those of ``tree.items(args)``, for instance "0" for the first argument and "1.parts.0.a" inside a weight.
     """
     statics = statics or {}
@@ -88,7 +92,7 @@ def check_op(
     reference = backend.reference(op.__name__)
 
     out64, grads64, cotangents = _run(lambda *a: reference(*a, **statics), _map(_to_double, args), can, seed, None)
-    same, same_grads, _ = _run(lambda *a: reference(*a, **statics), args, can, seed, cotangents)
+    same, same_grads, _ = _run(lambda *a: (judge or reference)(*a, **statics), args, can, seed, cotangents)
 
     before = [_bytes(t) for t in tree.leaves(args)]
     with backend.using("triton"):

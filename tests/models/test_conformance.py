@@ -52,13 +52,18 @@ def assert_conforms(hf, name):
     logits64, loss64, grads64 = hf_loss_and_grads(copy.deepcopy(hf).double(), ids)
     batch = from_tokens(ids.cpu(), vocab_size=hf.config.vocab_size).to(DEVICE)
     with backend.using(name):
-        assert_op_rule(model.logits(params, ids), logits32, logits64, "logits")
+        assert_op_rule(model.logits(params, ids), logits32, logits64, "logits", FACTOR)
         (loss, _), grads = value_and_grad(lambda p: model.loss(p, batch), has_aux=True)(params)
-    assert_op_rule(loss, loss32, loss64, "loss")
+    assert_op_rule(loss, loss32, loss64, "loss", FACTOR)
     named = named_tensors(grads)
     assert set(named) == set(grads32)
     for key, grad in named.items():
-        assert_op_rule(grad, grads32[key], grads64[key], f"gradient of {key}")
+        assert_op_rule(grad, grads32[key], grads64[key], f"gradient of {key}", FACTOR)
+
+
+# Whole-model fp32 gradients are sums of thousands of roundings, compared by their worst element: on an H100 even plain
+# PyTorch in another order than transformers' (the reference backend) exceeded twice its error.
+FACTOR = 3.0
 
 
 @each_run
