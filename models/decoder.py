@@ -49,6 +49,11 @@ class Model:
     tokenizer: "Tokenizer | None" = None
     source: str = ""  # where it was loaded from
 
+    @property
+    def default_policy(self) -> Policy:
+        """What ``policy=None`` keeps with kernels: the output of every product and of attention."""
+        return dict.fromkeys(self.family.SAVED, SAVE)
+
     def logits(self, params: Any, tokens_BT: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T, V) logits in the dtype of the weights, causal within each row."""
         if tokens_BT.ndim != 2:
@@ -67,10 +72,14 @@ class Model:
 
         ``count``: 0-d device tensor; default the batch's own number of targets. Giving the count of a larger batch
         makes gradients of microbatches add up to that batch's. ``key``: for random ops; no family has any yet.
-        ``policy``: what each layer keeps for backward (see :func:`unsloth_core.autodiff.remat`); None keeps every
-        product's and attention's output. aux: ``loss_sum`` and ``count``, 0-d fp32."""
+        ``policy``: what each layer keeps for backward (see :func:`unsloth_core.autodiff.remat`); None is
+        ``default_policy`` with kernels, and plain autograd with the reference backend. A batch on another device is
+        copied to the weights'. aux: ``loss_sum`` and ``count``, 0-d fp32.
+        """
         if key is not None:
             raise ValueError(f"loss: key was given, but no op of family {self.family.__name__} is random")
+        if batch.tokens_N.device != params.embed.device:
+            batch = batch.to(params.embed.device)
         x_ND = hidden(
             self.family, params, batch.tokens_N, batch.positions_N, batch.segments,
             max_position=batch.max_position - 1, policy=policy,

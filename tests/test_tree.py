@@ -103,3 +103,11 @@ def test_packed_segments_check_their_input():
         Segments.packed(torch.tensor([0, 3]), 3)
     with pytest.raises(ValueError, match=r"cu_seqlens has shape \(2, 1\), expected \(S \+ 1,\)"):
         Segments.packed(torch.zeros(2, 1, dtype=torch.int32), 3)
+
+
+def test_repr_is_one_short_line():
+    layer = Node(left=torch.ones(3, 2), right=ABSENT, scale=2.0)
+    assert repr(layer) == "Node(left=float32[3, 2], right=ABSENT, scale=2.0)"
+    assert tree.describe({"a": (layer, layer), "b": torch.ones((), dtype=torch.int32), "c": [], "d": 1}) == (
+        "{'a': (2 x Node(left=float32[3, 2], right=ABSENT, scale=2.0)), 'b': int32[], ... 4 in all}"
+    )

@@ -72,7 +72,10 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
         if reference is not None and (tape is None or tape.runs(name)):
             # Through views: each argument collects its gradient inside the op first, the order of a derived pair.
             inputs = [leaf.view_as(leaf) if leaf.requires_grad else leaf for leaf in leaves]
-            return reference(*tree.unflatten(inputs, spec), **keywords)
+            out = reference(*tree.unflatten(inputs, spec), **keywords)
+            if (fates := _report.get()) is not None:
+                fates.append(Fate(name, "autograd", sum(t.nbytes for t in tree.leaves(out))))
+            return out
         pair = (fwd, bwd) if reference is None else _derived(reference)
         call = _Call(name, pair, spec, keywords, tape)
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
@@ -277,7 +280,11 @@ def remat(fn: Callable[..., Any], policy: Policy | None) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Fate:
-    """What a forward pass keeps of one op call: ``fate`` is saved, recomputed or dead; bytes kept until backward."""
+    """What a forward pass keeps of one op call until backward, in bytes.
+
+    ``fate``: "save", "recompute", "dead" (not needed again), or "autograd" where plain PyTorch decides (the reference
+    backend without a policy): the bytes are then those of the outputs alone.
+    """
 
     name: str
     fate: str
@@ -307,8 +314,7 @@ class ResidualReport:
 
 
 def residual_report(fn: Callable[..., Any], *args: Tree) -> ResidualReport:
-    """What ``fn(*args)`` keeps between forward and backward, call by call (inputs of a layer count under "layer
-    input").
+    """What ``fn(*args)`` keeps until backward, call by call; "layer input" are the inputs that carry a gradient.
 
     Runs the forward pass once, with gradients for every floating-point leaf of the first argument.
     """

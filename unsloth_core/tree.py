@@ -102,7 +102,8 @@ def leaf(dims: str, hf: str, *, optional: bool = False) -> Any:
 @dataclass_transform(frozen_default=True, kw_only_default=True, eq_default=False, field_specifiers=(static, leaf))
 def pytree(cls: type[_T]) -> type[_T]:
     """Class decorator: a frozen, keyword-only dataclass whose non-static fields are children of a tree."""
-    cls = dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
+    cls = dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)(cls)
+    cls.__repr__ = lambda self: describe(self)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     children = [f.name for f in fields if not f.metadata.get("static")]
     statics = [f.name for f in fields if f.metadata.get("static")]
@@ -245,6 +246,24 @@ def broadcast(prefix: Tree, tree: Tree) -> list[Any]:
         raise ValueError(f"tree.broadcast: expected {_brief(tree)} or ABSENT, got {_brief(prefix)}")
     both = zip(node.children(prefix), node.children(tree), strict=True)
     return [leaf_ for part, child in both for leaf_ in broadcast(part, child)]
+
+
+def describe(tree: Tree) -> str:
+    """A tree in one short line: tensors as ``bfloat16[576, 576]``, equal neighbours counted, long dicts cut."""
+    if isinstance(tree, Tensor):
+        return f"{str(tree.dtype).removeprefix('torch.')}{list(tree.shape)}"
+    if dataclasses.is_dataclass(tree) and type(tree) in _NODES:
+        parts = [(f.name, getattr(tree, f.name)) for f in dataclasses.fields(tree)]
+        return f"{type(tree).__name__}({', '.join(f'{name}={describe(value)}' for name, value in parts)})"
+    if isinstance(tree, dict):
+        shown = [f"{key!r}: {describe(value)}" for key, value in list(tree.items())[:2]]
+        return "{" + ", ".join(shown + [f"... {len(tree)} in all"] * (len(tree) > 2)) + "}"
+    if isinstance(tree, (tuple, list)):
+        shown = [describe(value) for value in tree]
+        if len(shown) > 1 and len(set(shown)) == 1:
+            return f"({len(shown)} x {shown[0]})"
+        return f"({', '.join(shown)})"
+    return repr(tree)
 
 
 def fields_with_leaves(cls: type) -> Iterator[tuple[str, tuple[str, str, bool]]]:
