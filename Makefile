@@ -4,7 +4,7 @@
 #   make test         the whole suite on the CPU (kernels run in Triton's interpreter)
 #   make gpu          the same suite compiled on a CUDA machine, with the packages that Python already has
 #   make notebooks    execute notebooks/*.py into .ipynb
-#   make perf         measure on a CUDA machine
+#   make perf         measure every op on a CUDA machine; ARGS=--smoke tries the code without one
 # PYTHON names the interpreter that .venv is made from; ARGS is passed on: make test ARGS="-k rms_norm -x"
 
 SHELL := /bin/bash
@@ -47,7 +47,7 @@ notebooks: $(VENV)/.installed-notebooks
 	done
 
 perf:
-	PYTHONPATH=. $(PYTHON) perf/run.py $(ARGS)
+	$(PYTHON) perf/run.py $(ARGS)
 
 # A real pretrained model, for the tests that read one; where it cannot be had they are skipped, and say so.
 $(VENV)/.model: $(VENV)/.installed-test

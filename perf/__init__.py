@@ -1,0 +1,1 @@
+"""Measurements on a CUDA machine: ``python perf/run.py``. Not installed."""

@@ -1,0 +1,330 @@
+"""What ``perf/run.py`` measures: for each op its shapes, arguments, peers and cost. The shapes are those of 8B models.
+
+A peer computes the same from the same arguments. Every op has the peer "torch", its reference under eager autograd,
+which is also the oracle; where PyTorch has a call of its own for the op, that is a peer under its own name."""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.adamw import adamw as torch_adamw
+
+from unsloth_core import backend, optim, tree
+from unsloth_core import ops as uc
+from unsloth_core.cost import Cost
+from unsloth_core.ops import nf4
+from unsloth_core.segments import Segments
+from unsloth_core.weights import Adapted, LoRA
+
+Shape = tuple[int, ...]
+RANK = 16
+
+
+@dataclass(frozen=True)
+class Random:
+    """Numbers on one device, the same for a seed."""
+
+    generator: torch.Generator
+
+    @staticmethod
+    def seeded(seed: int, device: torch.device) -> "Random":
+        """A fresh sequence."""
+        return Random(torch.Generator(device).manual_seed(seed))
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Normal numbers of standard deviation ``scale``."""
+        where = self.generator.device
+        return torch.randn(shape, generator=self.generator, device=where, dtype=dtype).mul_(scale)
+
+    def ids(self, count: int, below: int) -> Tensor:
+        """(count,) int64 in [0, below)."""
+        return torch.randint(below, (count,), generator=self.generator, device=self.generator.device)
+
+    def matrix(self, rows: int, cols: int) -> Tensor:
+        """A weight that keeps the size of what it multiplies."""
+        return self.normal(rows, cols, scale=cols**-0.5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op.
+
+    ``make(random, *shape)`` gives the arguments that ``ours`` and every peer take; ``wanted(*args)`` the tensors that
+    get a gradient; ``costs(args, *shape)`` the directions that are measured, with the least work of each. ``small``
+    runs the kernels of the large shapes and is checked against the oracle; ``tiny`` is for ``--smoke``."""
+
+    op: str
+    shapes: tuple[Shape, ...]
+    small: Shape
+    tiny: Shape
+    make: Callable[..., tuple[Any, ...]]
+    ours: Callable[..., Any]
+    peers: Mapping[str, Callable[..., Any]]
+    costs: Callable[..., Mapping[str, Cost]]
+    wanted: Callable[..., list[Tensor]] = lambda *args: []
+    dtype: torch.dtype = torch.bfloat16
+    compiles: bool = True
+
+
+def cases(device: torch.device) -> list[Case]:
+    """Every op, in the order of a forward pass."""
+    return [*_memory_bound(), *_losses(), *_products(), _attention(device), _adamw()]
+
+
+def _cost(op: str) -> Callable[..., Cost]:
+    """``cost`` of an op file, which the package hides behind the op of the same name."""
+    return importlib.import_module(f"unsloth_core.ops.{op}").cost
+
+
+def _memory_bound() -> Iterator[Case]:
+    norm, add_norm, rope, glu, embedding = map(_cost, ("rms_norm", "add_rms_norm", "rope", "glu", "embedding"))
+    yield Case(
+        op="embedding",  # tokens, vocabulary, width
+        shapes=((8192, 128256, 4096),),
+        small=(256, 2048, 4096),
+        tiny=(8, 16, 32),
+        make=lambda r, N, V, D: (r.ids(N, V), r.normal(V, D)),
+        wanted=lambda ids, w: [w],
+        ours=uc.embedding,
+        peers={"torch": backend.reference("embedding"), "F.embedding": F.embedding},
+        costs=lambda args, N, V, D: {"fwd": embedding(N, V, D, 2), "bwd": embedding(N, V, D, 2, backward=True)},
+    )
+    yield Case(
+        op="rms_norm",  # tokens, width
+        shapes=((8192, 4096), (8192, 8192)),
+        small=(256, 4096),
+        tiny=(4, 32),
+        make=lambda r, N, D: (r.normal(N, D), r.normal(D)),
+        wanted=lambda x, w: [x, w],
+        ours=uc.rms_norm,
+        peers={
+            "torch": backend.reference("rms_norm"),
+            "F.rms_norm": lambda x, w: F.rms_norm(x, w.shape, w, eps=1e-6),
+        },
+        costs=lambda args, N, D: {"fwd": norm(N, D, 2), "bwd": norm(N, D, 2, backward=True)},
+    )
+    yield Case(
+        op="add_rms_norm",  # tokens, width
+        shapes=((8192, 4096), (8192, 8192)),
+        small=(256, 4096),
+        tiny=(4, 32),
+        make=lambda r, N, D: (r.normal(N, D), r.normal(N, D), r.normal(D)),
+        wanted=lambda x, res, w: [x, res, w],
+        ours=uc.add_rms_norm,
+        peers={"torch": backend.reference("add_rms_norm")},
+        costs=lambda args, N, D: {"fwd": add_norm(N, D, 2), "bwd": add_norm(N, D, 2, backward=True)},
+    )
+    yield Case(
+        op="rope",  # tokens, query heads, key heads, head size
+        shapes=((8192, 32, 8, 128),),
+        small=(256, 32, 8, 128),
+        tiny=(4, 2, 1, 8),
+        make=lambda r, N, H, G, K: (r.normal(N, H, K), r.normal(N, G, K), *_angles(r, N, K // 2)),
+        wanted=lambda q, k, cos, sin: [q, k],
+        ours=uc.rope,
+        peers={"torch": backend.reference("rope")},
+        costs=lambda args, N, H, G, K: {d: rope(N, H, G, K, K // 2, 2) for d in ("fwd", "bwd")},
+    )
+    yield Case(
+        op="glu",  # tokens, ffn
+        shapes=((8192, 14336),),
+        small=(256, 14336),
+        tiny=(4, 32),
+        make=lambda r, N, F: (r.normal(N, 2 * F),),
+        wanted=lambda gate_up: [gate_up],
+        ours=uc.glu,
+        peers={"torch": backend.reference("glu")},
+        costs=lambda args, N, F: {"fwd": glu(N, F, 2), "bwd": glu(N, F, 2, backward=True)},
+    )
+
+
+def _angles(random: Random, N: int, J: int) -> tuple[Tensor, Tensor]:
+    angles = random.normal(N, J, scale=100.0, dtype=torch.float32)
+    return angles.cos(), angles.sin()
+
+
+def _losses() -> Iterator[Case]:
+    loss, linear_loss = _cost("cross_entropy"), _cost("linear_cross_entropy")
+    yield Case(
+        op="cross_entropy",  # tokens, vocabulary
+        shapes=((4096, 128256),),
+        small=(64, 128256),
+        tiny=(4, 40),
+        make=lambda r, N, V: (r.normal(N, V), r.ids(N, V)),
+        wanted=lambda logits, targets: [logits],
+        ours=uc.cross_entropy,
+        peers={
+            "torch": backend.reference("cross_entropy"),
+            "F.cross_entropy": lambda logits, targets: F.cross_entropy(logits, targets, reduction="none"),
+        },
+        costs=lambda args, N, V: {"fwd": loss(N, V, 2), "bwd": loss(N, V, 2, backward=True)},
+    )
+    yield Case(
+        op="linear_cross_entropy",  # tokens, vocabulary, width; the head is frozen, dx is made in the forward pass
+        shapes=((8192, 128256, 4096),),
+        small=(512, 128256, 4096),
+        tiny=(4, 40, 32),
+        make=lambda r, N, V, D: (r.normal(N, D), r.matrix(V, D), r.ids(N, V)),
+        wanted=lambda x, w, targets: [x],
+        ours=uc.linear_cross_entropy,
+        peers={"torch": backend.reference("linear_cross_entropy")},
+        costs=lambda args, N, V, D: {"fwd+bwd": linear_loss(N, D, V, N, 2, dx=True)},
+    )
+
+
+def _products() -> Iterator[Case]:
+    linear = _cost("linear")
+    shapes, small, tiny = ((8192, 4096, 4096), (8192, 14336, 4096)), (2048, 4096, 4096), (8, 16, 64)  # tokens, M, C
+    yield Case(
+        op="linear",  # a weight that is trained: backward is two products
+        shapes=shapes,
+        small=small,
+        tiny=tiny,
+        make=lambda r, N, M, C: (r.normal(N, C), r.matrix(M, C)),
+        wanted=lambda x, w: [x, w],
+        ours=uc.linear,
+        peers={"torch": backend.reference("linear")},
+        costs=lambda args, N, M, C: {"fwd": linear(N, args[1]), "bwd": linear(N, args[1]) + linear(N, args[1])},
+    )
+
+    def lora_costs(args: Any, N: int, M: int, C: int) -> dict[str, Cost]:
+        forward = linear(N, args[1])  # dx costs the same; then x is read again, and dA and dB are two thin products
+        return {"fwd": forward, "bwd": forward + Cost(bytes=2 * N * C, flops=2 * N * RANK * (C + M))}
+
+    yield Case(
+        op="linear_lora",  # the base is frozen
+        shapes=shapes,
+        small=small,
+        tiny=tiny,
+        make=lambda r, N, M, C: (r.normal(N, C), Adapted(base=r.matrix(M, C), parts=(_lora(r, M, C),), rows=(M,))),
+        wanted=lambda x, w: [x, w.parts[0].a, w.parts[0].b],
+        ours=uc.linear,
+        peers={"torch": backend.reference("linear")},
+        costs=lora_costs,
+    )
+    yield Case(
+        op="linear_nf4",  # frozen: backward is dx
+        shapes=shapes,
+        small=small,
+        tiny=tiny,
+        make=lambda r, N, M, C: (r.normal(N, C), nf4.quantize(r.matrix(M, C))),
+        wanted=lambda x, w: [x],
+        ours=uc.linear,
+        peers={"torch": backend.reference("linear")},
+        costs=lambda args, N, M, C: {d: linear(N, args[1]) for d in ("fwd", "bwd")},
+    )
+    yield Case(
+        op="nf4_dequantize",  # M, C
+        shapes=((14336, 4096), (4096, 4096)),
+        small=(256, 4096),
+        tiny=(4, 64),
+        make=lambda r, M, C: (nf4.quantize(r.matrix(M, C)),),
+        ours=nf4.dequantize,
+        peers={"torch": backend.reference("nf4.dequantize")},
+        costs=lambda args, M, C: {"fwd": nf4.cost(args[0])},
+    )
+
+
+def _lora(random: Random, M: int, C: int) -> LoRA:
+    a = random.normal(RANK, C, scale=C**-0.5, dtype=torch.float32)
+    return LoRA(a=a, b=random.normal(M, RANK, scale=0.1, dtype=torch.float32), scale=1.0)
+
+
+def _attention(device: torch.device) -> Case:
+    attention = _cost("attention")
+
+    def make(r: Random, B: int, T: int, H: int, G: int, K: int) -> tuple[Any, ...]:
+        segments = Segments.uniform(B, T, r.generator.device)
+        return r.normal(B * T, H, K), r.normal(B * T, G, K), r.normal(B * T, G, K), segments, segments
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, _: Segments) -> Tensor:
+        batched = [t.unflatten(0, (-1, segments.max_len)).transpose(1, 2) for t in (q, k, v)]
+        out = F.scaled_dot_product_attention(*batched, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    def by(kernel: SDPBackend) -> Callable[..., Tensor]:
+        def chosen(*args: Any) -> Tensor:
+            with sdpa_kernel(kernel):
+                return sdpa(*args)
+
+        return chosen
+
+    peers = {"torch": backend.reference("attention"), "sdpa": sdpa}
+    if device.type == "cuda":
+        peers |= {"sdpa flash": by(SDPBackend.FLASH_ATTENTION), "sdpa cudnn": by(SDPBackend.CUDNN_ATTENTION)}
+    return Case(
+        op="attention",  # causal: batch, length, query heads, key heads, head size
+        shapes=((1, 8192, 32, 8, 128), (2, 2048, 32, 8, 128)),
+        small=(2, 512, 32, 8, 128),
+        tiny=(2, 8, 2, 1, 16),
+        make=make,
+        wanted=lambda q, k, v, *segments: [q, k, v],
+        ours=uc.attention,
+        peers=peers,
+        costs=lambda args, B, T, H, G, K: {
+            "fwd": attention([(T, T)] * B, H, G, K, 2),
+            "bwd": attention([(T, T)] * B, H, G, K, 2, backward=True),
+        },
+    )
+
+
+def _adamw() -> Case:
+    options = {"lr": 2e-4, "weight_decay": 0.01}
+    optimizer = optim.adamw(**options)
+
+    def make(r: Random, L: int, rank: int, D: int, F: int) -> tuple[Any, ...]:
+        """Parameters, gradients, state, and the counters that PyTorch keeps per parameter."""
+        matrices = {"q": (D, D), "k": (D // 4, D), "v": (D // 4, D), "o": (D, D)}
+        matrices |= {"gate": (F, D), "up": (F, D), "down": (D, F)}
+
+        def adapters() -> dict[str, LoRA]:
+            return {
+                f"{i}.{name}": LoRA(
+                    a=r.normal(rank, cols, dtype=torch.float32), b=r.normal(rows, rank, dtype=torch.float32), scale=1.0
+                )
+                for i in range(L)
+                for name, (rows, cols) in matrices.items()
+            }
+
+        params, grads, m, v = (adapters() for _ in range(4))
+        step = torch.full((), 3, dtype=torch.int64, device=r.generator.device)
+        counters = tuple(step.float().repeat(len(tree.leaves(params))).unbind())
+        return params, grads, optim.AdamWState(step=step, m=m, v=tree.map(torch.square, v)), counters
+
+    def ours(params: Any, grads: Any, state: Any, counters: Any) -> Any:
+        params, state = optimizer.update(grads, state, params)
+        return params, state.m, state.v
+
+    def reference(*args: Any) -> Any:
+        with backend.using("reference"):
+            return ours(*args)
+
+    def fused(params: Any, grads: Any, state: Any, counters: Any) -> Any:
+        """PyTorch's one launch over all parameters; it writes into its arguments."""
+        torch_adamw(
+            *(tree.leaves(t) for t in (params, grads, state.m, state.v)), [], list(counters), fused=True,
+            amsgrad=False, beta1=0.9, beta2=0.999, eps=1e-8, maximize=False, **options,
+        )  # fmt: skip
+        return params, state.m, state.v
+
+    def costs(args: Any, *shape: int) -> dict[str, Cost]:
+        n = sum(p.numel() for p in tree.leaves(args[0]))
+        return {"fwd": Cost(bytes=28 * n, flops=15 * n)}  # p, g, m, v read and p, m, v written, fp32
+
+    return Case(
+        op="adamw",  # adapters of all seven products: layers, rank, width, ffn
+        shapes=((32, RANK, 4096, 14336),),
+        small=(32, RANK, 64, 224),  # as many leaves: host time depends on their number
+        tiny=(1, 2, 32, 48),
+        make=make,
+        ours=ours,
+        peers={"torch": reference, "fused": fused},
+        costs=costs,
+        dtype=torch.float32,
+        compiles=False,
+    )

@@ -1,0 +1,406 @@
+"""Measure every op on a CUDA machine: ``python perf/run.py [OP ...]``. What is measured stands in ``perf/ops.py``.
+
+An implementation is timed only if its outputs and gradients agree with the oracle (the reference in fp32 or better) in
+this same process. Forward and backward apart, by CUDA events, ours and the peers' in turns, the median of all. Cold L2:
+arguments and outputs rotate through more memory than L2 holds. The GPU sleeps before every call for as long as the host
+needs to launch it, so that the time is the GPU's; the host's own time is another column.
+
+Bytes and FLOPs are the op's ``cost``: what has to be moved and computed at least, whoever does it. The ceiling is what
+this machine reached in this run: a copy (bytes read and written) and a bf16 product of 8192 x 8192 matrices."""
+
+import argparse
+import collections
+import contextlib
+import datetime
+import functools
+import gc
+import importlib
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that a plain checkout is enough
+
+from perf import ops  # noqa: E402
+from perf.ops import Case, Random, Shape  # noqa: E402
+from unsloth_core import tree  # noqa: E402
+
+# Allowed relative norm of an error, for results that are rounded in this dtype a few times on the way.
+BOUND = {torch.bfloat16: 2**-6, torch.float32: 2**-20}
+ROUNDS = 3
+Call = Callable[[], Any]
+
+
+@dataclass
+class Machine:
+    """Where the measurement runs, how a call is timed there, and the ceilings once they are known."""
+
+    device: torch.device
+    smoke: bool
+    bytes_per_s: float = math.nan
+    flops_per_s: float = math.nan
+
+    @property
+    def name(self) -> str:
+        """Of the GPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+    def synchronize(self) -> None:
+        """Wait for all work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def milliseconds(self, call: Call, host_us: float = 100.0, keep: Callable[[Any], Any] = lambda out: None) -> float:
+        """Time of one call; ``keep(out)`` disposes of its result."""
+        self.synchronize()
+        if self.smoke:
+            started = time.perf_counter()
+            keep(call())
+            self.synchronize()
+            return 1e3 * (time.perf_counter() - started)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(2000 * min(2 * host_us + 50, 20_000)))  # cycles, 2000 to the microsecond at most
+        start.record()
+        out = call()
+        end.record()
+        keep(out)
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def host_us(self, call: Call) -> float:
+        """Median time until a call returns to the host, on an idle GPU: of 50 calls, or what fits into 0.3 s."""
+        times: list[float] = []
+        begun = time.perf_counter()
+        while not times or (not self.smoke and len(times) < 50 and time.perf_counter() - begun < 0.3):
+            self.synchronize()
+            started = time.perf_counter()
+            call()
+            times.append(1e6 * (time.perf_counter() - started))
+        return statistics.median(times)
+
+    def extra_mib(self, call: Call) -> float:
+        """Peak of allocated memory during a call, above what was allocated before; its results count."""
+        if self.device.type != "cuda":
+            return 0.0
+        self.synchronize()
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        call()
+        return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
+
+    def copies(self, size: int) -> int:
+        """How many sets of ``size`` bytes it takes to fill L2 three times over."""
+        if self.device.type != "cuda":
+            return 2
+        return max(1, math.ceil(3 * torch.cuda.get_device_properties(self.device).L2_cache_size / max(size, 1)))
+
+    def find_ceilings(self) -> None:
+        """Measure a large copy and a large bf16 product."""
+        elements, n = (2**12, 64) if self.smoke else (2**29, 8192)
+        source, target = (torch.zeros(elements, dtype=torch.bfloat16, device=self.device) for _ in range(2))
+        a, b = (Random.seeded(i, self.device).normal(n, n) for i in range(2))
+        seconds = [
+            min(self.milliseconds(call) for _ in range(2 if self.smoke else 12)) / 1e3
+            for call in (lambda: target.copy_(source), lambda: a @ b)
+        ]
+        self.bytes_per_s, self.flops_per_s = 2 * source.nbytes / seconds[0], 2 * n**3 / seconds[1]
+
+
+# ---- one implementation of one op
+
+
+def calls(case: Case, fn: Callable[..., Any], sets: Sequence[tuple[Any, ...]], direction: str) -> list[Call]:
+    """One call without arguments per set of arguments."""
+    return [_call(case, fn, args, direction) for args in sets]
+
+
+def _call(case: Case, fn: Callable[..., Any], args: tuple[Any, ...], direction: str) -> Call:
+    if direction == "fwd":
+        return functools.partial(fn, *args)
+    outs, wanted = tree.leaves(fn(*args)), case.wanted(*args)
+    given = cotangents(outs)
+    if direction == "bwd":
+        return functools.partial(torch.autograd.grad, outs, wanted, given, retain_graph=True)
+    return lambda: torch.autograd.grad(tree.leaves(fn(*args)), wanted, given)
+
+
+def cotangents(outs: Sequence[Tensor]) -> list[Tensor]:
+    """The same numbers for outputs of any dtype: what bf16 holds."""
+    random = Random.seeded(99, outs[0].device)
+    return [random.normal(*o.shape).to(o.dtype) for o in outs]
+
+
+def arguments(case: Case, shape: Shape, machine: Machine, seed: int) -> tuple[Any, ...]:
+    """Arguments on the device, those that get a gradient marked."""
+    args = case.make(Random.seeded(seed, machine.device), *shape)
+    for t in case.wanted(*args):
+        t.requires_grad_()
+    return args
+
+
+def results(case: Case, fn: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
+    """Outputs and gradients; arguments are copied first, for a peer may write into them."""
+    args = tree.map(lambda t: t.detach().clone(), args)
+    wanted = case.wanted(*args)
+    for t in wanted:
+        t.requires_grad_()
+    outs = tree.leaves(fn(*args))
+    gradients = torch.autograd.grad(outs, wanted, cotangents(outs)) if wanted else ()
+    return [t.detach() for t in (*outs, *gradients)]
+
+
+def oracle(case: Case, args: tuple[Any, ...]) -> list[Tensor]:
+    """Outputs and gradients of the reference in fp32."""
+    wide = tree.map(lambda t: t.detach().float() if t.is_floating_point() else t, args)
+    return results(case, case.peers["torch"], wide)
+
+
+def check(case: Case, fn: Callable[..., Any], args: tuple[Any, ...], truth: Sequence[Tensor]) -> None:
+    """Raise ArithmeticError if an output or gradient is further from the truth than its dtype allows."""
+    found = results(case, fn, args)
+    if len(found) != len(truth):
+        raise ArithmeticError(f"{len(found)} outputs and gradients, expected {len(truth)}")
+    for i, (got, want) in enumerate(zip(found, truth)):
+        if got.shape != want.shape:
+            raise ArithmeticError(f"result {i} has shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+        error = float((got.float() - want).norm() / want.norm())
+        if not error <= BOUND[case.dtype]:  # also for NaN
+            raise ArithmeticError(f"result {i} is wrong: relative error {error:.2e}, allowed {BOUND[case.dtype]:.2e}")
+
+
+# ---- one op
+
+
+@dataclass
+class Bench:
+    """A run over ops: rows as they come, failures of ours, and notes about peers that do not run."""
+
+    machine: Machine
+    facts: dict[str, Any]  # what every row says about the machine and the code
+    emit: Callable[[dict[str, Any]], None]
+    with_compile: bool = False
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def op(self, case: Case) -> None:
+        """Check and measure one op at all its shapes; what goes wrong is recorded, never raised."""
+        try:
+            fns, host = self._checked(case)
+            for shape in (case.tiny,) if self.machine.smoke else case.shapes:
+                self._shape(case, shape, fns, host)
+                self._free()
+        except Exception as error:
+            self._failed(case, "ours", error)
+        self._free()
+
+    def _checked(self, case: Case) -> tuple[dict[str, Callable[..., Any]], dict[tuple[str, str], float]]:
+        """The implementations that are right, and their host times by (impl, direction)."""
+        candidates = {"ours": case.ours, **case.peers}
+        if self.with_compile and case.compiles:
+            torch.compiler.reset()  # the number of compilations of one function is limited
+            candidates["compile"] = torch.compile(case.peers["torch"], dynamic=False)
+        shape = case.tiny if self.machine.smoke else case.small
+        args = arguments(case, shape, self.machine, seed=0)
+        truth = oracle(case, args)
+        fns, host = {}, {}
+        for impl, fn in candidates.items():
+            try:
+                check(case, fn, args, truth)
+                for direction in case.costs(args, *shape):
+                    call = _call(case, fn, args, direction)
+                    call()
+                    host[impl, direction] = self.machine.host_us(call)
+                fns[impl] = fn
+            except Exception as error:
+                self._failed(case, impl, error)
+                if impl == "ours":
+                    break
+        return fns, host
+
+    def _shape(
+        self, case: Case, shape: Shape, fns: dict[str, Callable[..., Any]], host: dict[tuple[str, str], float]
+    ) -> None:
+        """Rows of all implementations at one shape."""
+        if "ours" not in fns:
+            return
+        sets = [arguments(case, shape, self.machine, seed=1)]
+        size = tree.nbytes(sets[0]) + tree.nbytes(fns["ours"](*sets[0]))
+        sets += [arguments(case, shape, self.machine, seed=i) for i in range(2, self.machine.copies(size) + 1)]
+        for direction, cost in case.costs(sets[0], *shape).items():
+            ready: dict[str, list[Call]] = {}
+            extra: dict[str, float] = {}
+            repeats: dict[str, int] = {}
+            for impl, fn in fns.items():
+                try:
+                    ready[impl] = calls(case, fn, sets, direction)
+                    ready[impl][0]()  # compiles
+                    extra[impl] = self.machine.extra_mib(ready[impl][0])
+                    once = self.machine.milliseconds(ready[impl][-1], host[impl, direction])
+                    repeats[impl] = 1 if self.machine.smoke else min(max(int(100 / ROUNDS / once), 2), 15)
+                except Exception as error:
+                    self._failed(case, impl, error, shape, direction)
+                    ready.pop(impl, None)
+                if impl not in repeats:
+                    self._free()  # only now: until here the error held what it had allocated
+            times = self._in_turns(ready, repeats, host, direction, len(sets))
+            best = min((t for impl, t in times.items() if impl != "ours"), default=math.nan)
+            for impl, ms in times.items():
+                seconds = cost.seconds(bytes_per_s=self.machine.bytes_per_s, flops_per_s=self.machine.flops_per_s)
+                row = {
+                    "op": case.op,
+                    "impl": impl,
+                    "direction": direction,
+                    "shape": list(shape),
+                    "dtype": str(case.dtype).removeprefix("torch."),
+                    "ms": _round(ms),
+                    "gbps": _round(cost.bytes / ms / 1e6),
+                    "tflops": _round(cost.flops / ms / 1e9),
+                    "pct_of_ceiling": _round(1e5 * seconds / ms),
+                    "extra_mib": _round(extra[impl]),
+                    "host_us": _round(host[impl, direction]),
+                    "ratio_to_best_peer": None if math.isnan(best) else _round(best / ms),
+                }
+                self.emit({**row, **self.facts})
+
+    def _in_turns(
+        self,
+        ready: dict[str, list[Call]],
+        repeats: dict[str, int],
+        host: dict[tuple[str, str], float],
+        direction: str,
+        copies: int,
+    ) -> dict[str, float]:
+        """Median milliseconds; in every round each implementation has its turn."""
+        samples: dict[str, list[float]] = {impl: [] for impl in repeats}
+        for _ in range(1 if self.machine.smoke else ROUNDS):
+            for impl, count in repeats.items():
+                kept: Any = collections.deque(maxlen=copies)  # outputs rotate too: freed at once, they would stay in L2
+                for _ in range(count):
+                    call = ready[impl][len(samples[impl]) % copies]
+                    samples[impl].append(self.machine.milliseconds(call, host[impl, direction], kept.append))
+        return {impl: statistics.median(ms) for impl, ms in samples.items()}
+
+    def _failed(self, case: Case, impl: str, error: Exception, shape: Shape = (), direction: str = "") -> None:
+        where = " ".join(filter(None, [case.op, impl, direction, "x".join(map(str, shape))]))
+        text = f"{where}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if impl == "ours":
+            self.failures.append(text)
+            traceback.print_exception(error)
+        else:
+            self.notes.append(text)
+        print(text, file=sys.stderr, flush=True)
+
+    def _free(self) -> None:
+        gc.collect()
+        if self.machine.device.type == "cuda":
+            with contextlib.suppress(RuntimeError):  # after an illegal access every call raises, this one too
+                torch.cuda.empty_cache()
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+# ---- the table and the command line
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows for a reader."""
+    heads = ("op", "shape", "dir", "impl", "ms", "GB/s", "TFLOP/s", "% ceiling", "MiB", "host us", "ratio")
+    keys = ("ms", "gbps", "tflops", "pct_of_ceiling", "extra_mib", "host_us", "ratio_to_best_peer")
+    lines = [list(heads)]
+    for row in rows:
+        numbers = ["-" if row[key] is None else f"{row[key]:.4g}" for key in keys]
+        lines.append([row["op"], "x".join(map(str, row["shape"])), row["direction"], row["impl"], *numbers])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+        for line in lines
+    )
+
+
+def commit_of_checkout() -> str | None:
+    """What git calls the state of this folder, or None without git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def facts(machine: Machine, commit: str | None) -> dict[str, Any]:
+    """Without these a number means nothing."""
+    return {
+        "gpu": machine.name,
+        "torch": str(torch.__version__),
+        "triton": triton.__version__,
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; the exit code is 1 if an op of ours failed."""
+    parser = argparse.ArgumentParser(prog="perf/run.py", description="Measure the ops on a CUDA machine.")
+    parser.add_argument("op", nargs="*", help="ops to measure; all if none is named")
+    parser.add_argument("--out", type=Path, default=ROOT / "perf/records/ops.jsonl", help="rows are appended here")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile of the reference, as a peer")
+    parser.add_argument("--commit", help="what was measured, where git cannot say")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on any machine; nothing is written")
+    options = parser.parse_args(argv)
+
+    cuda = torch.cuda.is_available()
+    if not cuda and not options.smoke:
+        parser.error("no CUDA device; --smoke runs the same code on tiny shapes")
+    commit = options.commit or commit_of_checkout()
+    if commit is None and not options.smoke:
+        parser.error("no git here to say what is measured; pass --commit")
+    machine = Machine(torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), options.smoke)
+    cases = ops.cases(machine.device)
+    if unknown := set(options.op) - {case.op for case in cases}:
+        parser.error(f"no op {sorted(unknown)[0]!r}, expected some of {', '.join(case.op for case in cases)}")
+    if options.compile:  # a graph's backward runs many times here, so it must not reuse what it has saved
+        importlib.import_module("torch._functorch.config").donated_buffer = False
+
+    rows: list[dict[str, Any]] = []
+
+    def emit(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if not options.smoke:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    machine.find_ceilings()
+    print(f"{machine.name}: copy {machine.bytes_per_s / 1e9:.4g} GB/s, bf16 product", end=" ")
+    print(f"{machine.flops_per_s / 1e12:.4g} TFLOP/s", flush=True)
+    bench = Bench(machine, facts(machine, commit), emit, options.compile)
+    for case in cases:
+        if not options.op or case.op in options.op:
+            started = time.perf_counter()
+            bench.op(case)
+            print(f"{case.op}: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+
+    print(table(rows))
+    for note in bench.notes:
+        print(f"peer without a row: {note}")
+    for failure in bench.failures:
+        print(f"FAILED {failure}")
+    return 1 if bench.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
