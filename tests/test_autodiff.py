@@ -1,17 +1,21 @@
 """custom_vjp, value_and_grad, vjp: pairs obey the contract whatever their arguments are."""
 
+import inspect
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 from oprule import DEVICE
 
-from unsloth_core import backend, tree
+from unsloth_core import backend, ops, tree
 from unsloth_core.autodiff import custom_vjp, value_and_grad, vjp
 from unsloth_core.ops.glu import glu
 from unsloth_core.ops.rms_norm import rms_norm
 from unsloth_core.tree import ABSENT
-from unsloth_core.weights import LoRA
+from unsloth_core.weights import Adapted, LoRA, Stacked
 
 CALLS = []
 
@@ -67,12 +71,54 @@ def test_argument_errors_name_the_op():
         affine(torch.randn(4), node(), w=node())
     with pytest.raises(TypeError, match=r"affine: unknown option 'facto', expected one of \['factor'\]"):
         affine(torch.randn(4), node(), facto=2.0)
-    with pytest.raises(TypeError, match="affine: x is float, expected a tensor"):
+    with pytest.raises(TypeError, match="affine: x is float, expected Tensor or ABSENT"):
         affine(1.0, node())
-    with pytest.raises(TypeError, match="affine: add is NoneType, expected a tensor; absence is written ABSENT"):
+    with pytest.raises(TypeError, match="affine: add is NoneType, expected Tensor or ABSENT"):
         affine(torch.randn(4), node(), None)
     with pytest.raises(TypeError, match="affine: no argument has a tensor"):
         affine(ABSENT, ABSENT)
+
+
+X, NODE = torch.zeros(4, 4), LoRA(a=torch.zeros(1, 4), b=torch.zeros(4, 1), scale=1.0)
+MISFITS = {
+    "rms_norm: w is NoneType, expected Tensor": (ops.rms_norm, X, None),
+    "rms_norm: w is ABSENT, expected Tensor": (ops.rms_norm, X, ABSENT),
+    "rms_norm: add is LoRA, expected Tensor or ABSENT": (ops.rms_norm, X, X[0], NODE),
+    "embedding: w_VD is LoRA, expected Tensor": (ops.embedding, X[0].long(), NODE),
+    "linear: w is LoRA, expected Tensor or NF4 or Stacked or Adapted": (ops.linear, X, NODE),
+    "linear: w.parts.0 is NoneType, expected Tensor or ABSENT": (
+        ops.linear,
+        X,
+        Adapted(base=X, parts=(None,), rows=(4,)),
+    ),
+    "linear_cross_entropy: w_VD is Stacked, expected Tensor": (
+        ops.linear_cross_entropy,
+        X,
+        Stacked(parts=(X,)),
+        X[0].long(),
+    ),
+    "attention: q_segments is Tensor, expected Segments": (ops.attention, X, X, X, X, X),
+}
+
+
+@pytest.mark.parametrize("message", MISFITS)
+@pytest.mark.parametrize("name", backend.NAMES)
+def test_arguments_of_another_kind(message, name):
+    op, *args = MISFITS[message]
+    with backend.using(name), pytest.raises(TypeError) as error:
+        op(*args)
+    assert str(error.value) == message
+
+
+def test_help_of_an_op_is_the_head_of_its_file():
+    """Contract first, then formula, backward, residuals, bytes, limits and sources; and nothing of ``needs``."""
+    for name in ops.__all__:
+        op = getattr(ops, name)
+        head = sys.modules[op.__module__].__doc__
+        assert inspect.cleandoc(head) in op.__doc__ and not op.__doc__.startswith(head)
+        for word in ("Residuals", "Bytes", "Limits", "Source"):
+            assert word in op.__doc__, f"{name}: {word}"
+        assert "needs" not in inspect.signature(op).parameters and "``needs``" not in op.__doc__
 
 
 def test_double_backward_raises():
@@ -133,3 +179,38 @@ def test_fwd_and_bwd_of_the_reference_agree_with_the_kernels():
 def test_using_refuses_other_names():
     with pytest.raises(ValueError, match="using: backend 'cuda', expected one of"), backend.using("cuda"):
         pass
+
+
+COMPILED = """
+import torch
+from unsloth_core import ops
+from unsloth_core.segments import Segments
+from unsloth_core.weights import Adapted, LoRA
+
+class Foreign(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.qkv = torch.nn.Parameter(torch.ones(16)), torch.nn.Linear(16, 48)
+        self.a, self.b = torch.nn.Parameter(torch.randn(2, 16)), torch.nn.Parameter(torch.randn(16, 2))
+        self.base = torch.randn(16, 16)
+
+    def forward(self, x):
+        q, k, v = self.qkv(ops.rms_norm(x, self.norm, eps=1e-5, name="norm")).unflatten(-1, (3, 2, 8)).unbind(1)
+        o = ops.attention(q, k, v, segments, segments, window=3).flatten(1)
+        w = Adapted(base=self.base, parts=(LoRA(a=self.a, b=self.b, scale=0.5),), rows=(16,))
+        return ops.linear(o, w, add=x).tanh()
+
+torch.manual_seed(0)
+module, x, segments = Foreign(), torch.randn(6, 16), Segments.uniform(1, 6)
+compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+torch.testing.assert_close(compiled(x), module(x))
+ours, theirs = (torch.autograd.grad(f(x).sum(), list(module.parameters())) for f in (module, compiled))
+torch.testing.assert_close(theirs, ours)
+"""
+
+
+def test_torch_compile_takes_ops_in_foreign_code_on_a_cpu():
+    """One graph, gradients included; in a process of its own, because this one may run the interpreter."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]

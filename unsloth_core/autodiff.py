@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import backend, tree
+from .segments import Segments
 from .tree import ABSENT, Tree
+from .weights import Weight
 
 SAVE = "save"
 RECOMPUTE = "recompute"
@@ -37,14 +39,18 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
     one gradient per argument, ABSENT where there is none. Arguments are trees of tensors, statics are keyword-only.
     ``needs`` mirrors the arguments with booleans. The op accepts ``name=``, by which policies and reports know the
     call, and carries its pair as ``f.fwd`` and ``f.bwd`` for schedules that call them directly. With the reference
-    backend the plain PyTorch function of the same name runs under PyTorch's own autograd."""
+    backend the plain PyTorch function of the same name runs under PyTorch's own autograd; so it does where
+    ``torch.compile`` traces foreign code on a CPU (:func:`unsloth_core.backend.using` is not seen there)."""
     op_name = fwd.__name__.removesuffix("_fwd")
+    own_file = fwd.__module__ == f"unsloth_core.ops.{op_name}"
+    plain = backend.reference(op_name) if own_file else None  # found now: nothing is imported while compiling
     signature = inspect.signature(fwd)
     parameters = [p for p in signature.parameters.values() if p.name != "needs"]
     arguments = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     statics = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     positions = {p.name: i for i, p in enumerate(arguments)}
     defaults = [p.default for p in arguments]
+    kinds = [(i, kind) for i, p in enumerate(arguments) if (kind := _kind(p))]
 
     def bind(args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
         """Arguments in order, however they were given; what is left in ``keywords`` are the statics."""
@@ -64,9 +70,13 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
 
     def op(*args: Any, name: str = op_name, **keywords: Any) -> Any:
         args = bind(args, keywords)
+        if torch.compiler.is_compiling() and plain is not None and backend.by_device(args[0].device) == "reference":
+            return plain(*args, **keywords)  # neither context variables nor trees can be read here
         leaves, spec = tree.flatten(args)
-        if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
-            raise TypeError(_not_tensors(op_name, list(positions), args))
+        if not all(isinstance(leaf, Tensor) for leaf in leaves) or not all(isinstance(args[i], k) for i, k in kinds):
+            raise TypeError(_misfit(op_name, arguments, args))
+        if not leaves:
+            raise TypeError(f"{op_name}: no argument has a tensor")
         tape = _tape.get()
         reference = backend.reference(op_name) if backend.resolve(leaves[0]) == "reference" else None
         if reference is not None and (tape is None or tape.runs(name)):
@@ -95,16 +105,30 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
     op.__signature__ = signature.replace(parameters=shown, return_annotation=inspect.Signature.empty)  # type: ignore
     op.__name__ = op.__qualname__ = op_name
     op.__module__, op.__doc__ = fwd.__module__, fwd.__doc__
+    if own_file:  # the head of the file has formula, backward, bytes, limits: help(op) shows it below the contract
+        op.__doc__ = f"{inspect.cleandoc(fwd.__doc__ or '')}\n\n{inspect.cleandoc(fwd.__globals__['__doc__'] or '')}"
     op.fwd, op.bwd = op_fwd, op_bwd  # type: ignore[attr-defined]
     return op
 
 
-def _not_tensors(op_name: str, names: list[str], args: Sequence[Any]) -> str:
-    for name, arg in zip(names, args, strict=True):
-        if not all(isinstance(leaf, Tensor) for leaf in tree.leaves(arg)):
-            hint = "; absence is written ABSENT" if arg is None else ""
-            return f"{op_name}: {name} is {type(arg).__name__}, expected a tensor{hint}"
-    return f"{op_name}: no argument has a tensor"
+def _kind(p: inspect.Parameter) -> tuple[type, ...]:
+    """What an argument may be; empty if anything."""
+    if p.default is ABSENT:
+        return (Tensor, type(ABSENT))
+    return get_args(p.annotation) or (p.annotation,) if p.annotation in (Tensor, Segments, Weight) else ()
+
+
+def _misfit(op_name: str, parameters: Sequence[inspect.Parameter], args: Sequence[Any]) -> str:
+    """What is wrong with the first argument that is of another kind than its op takes."""
+    for p, arg in zip(parameters, args, strict=True):
+        kinds = _kind(p)
+        if kinds and not isinstance(arg, kinds):
+            expected = " or ".join("ABSENT" if kind is type(ABSENT) else kind.__name__ for kind in kinds)
+            return f"{op_name}: {p.name} is {'ABSENT' if arg is ABSENT else type(arg).__name__}, expected {expected}"
+        for path, leaf in tree.items(arg):
+            if not isinstance(leaf, Tensor):
+                return f"{op_name}: {p.name}{path and '.' + path} is {type(leaf).__name__}, expected Tensor or ABSENT"
+    raise AssertionError("called for arguments that fit")
 
 
 class _Call:

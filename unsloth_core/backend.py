@@ -47,13 +47,18 @@ def resolve(where: torch.Tensor | torch.device) -> str:
     device = where if isinstance(where, torch.device) else where.device
     name = _override.get()
     if name is None:
-        return "triton" if device.type == "cuda" or _device.interpreting() else "reference"
+        return by_device(device)
     if name == "triton" and device.type != "cuda" and not _device.interpreting():
         raise RuntimeError(
             f"using('triton'): tensors are on {device}; Triton needs a CUDA device, or its CPU interpreter: "
             "start the process with TRITON_INTERPRET=1"
         )
     return name
+
+
+def by_device(device: torch.device) -> str:
+    """The choice where nobody has made one."""
+    return "triton" if device.type == "cuda" or _device.interpreting() else "reference"
 
 
 @functools.cache

@@ -135,8 +135,6 @@ def _check(ids_N: Tensor, w_VD: Tensor) -> None:
         raise ValueError(f"embedding: ids has shape {tuple(ids_N.shape)}, expected (N,)")
     if ids_N.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"embedding: ids has dtype {ids_N.dtype}, expected int32 or int64")
-    if not isinstance(w_VD, Tensor):
-        raise ValueError(f"embedding: w is {type(w_VD).__name__}, expected a tensor (V, D)")
     if w_VD.ndim != 2:
         raise ValueError(f"embedding: w has shape {tuple(w_VD.shape)}, expected (V, D)")
     if w_VD.dtype not in _DTYPES:

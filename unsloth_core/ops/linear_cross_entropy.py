@@ -125,10 +125,8 @@ def _scaled(src: Tensor, g: Tensor, out: Tensor, rows: Any = ABSENT) -> Tensor:
     return out
 
 
-def _check(x: Tensor, w: Any, targets: Tensor, rows: Any) -> None:
+def _check(x: Tensor, w: Tensor, targets: Tensor, rows: Any) -> None:
     op = "linear_cross_entropy"
-    if not isinstance(w, Tensor):
-        raise ValueError(f"{op}: w is {type(w).__name__}, expected a Tensor (V, D)")
     for name, t, letters in (("x", x, "(N, D)"), ("w", w, "(V, D)")):
         check_dtype(op, name, t)
         if t.ndim != 2:
@@ -171,7 +169,7 @@ def linear_cross_entropy_fwd(
 
     ``targets[i]`` belongs to row ``rows[i]`` of x. An entry of ``rows`` equal to N is padding; others appear
     at most once. Targets outside [0, V), and rows outside [0, N], make the sum NaN. Raises ValueError for
-    other shapes, dtypes, devices, strides or options, and for a w that is not a Tensor.
+    other shapes, dtypes, devices, strides or options, TypeError for a w that is not a Tensor.
     """
     _check(x_ND, w_VD, targets_M, rows_M)
     check_options("linear_cross_entropy", label_smoothing, z_loss, softcap)

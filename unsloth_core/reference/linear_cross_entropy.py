@@ -28,10 +28,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The sum of the losses as a 0-d tensor, fp32 (float64 for float64 inputs).
 
-    An entry of ``rows_M`` equal to N is padding. Raises ValueError for a w that is not a Tensor.
+    An entry of ``rows_M`` equal to N is padding.
     """
-    if not isinstance(w_VD, Tensor):
-        raise ValueError(f"linear_cross_entropy: w is {type(w_VD).__name__}, expected a Tensor (V, D)")
     N, V = x_ND.shape[0], w_VD.shape[0]
     x, targets = x_ND, targets_M
     if rows_M is not ABSENT:
