@@ -17,7 +17,7 @@ from unsloth_core import tree
 from unsloth_core.tree import ABSENT
 from unsloth_core.weights import NF4
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NORM_SLACK = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-23, torch.float64: 2**-52}
 
