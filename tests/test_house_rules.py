@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 # ops/ files that are not an op: no reference, no test of their own, no forward and backward.
 NOT_OPS = {
     "__init__": "lists the ops",
+    "checks": "demands on tensors that ops share; they are tested through every op",
     "language": "functions that kernels share; they are tested through every op",
 }
 # ops/ files whose op has no gradient: of the contract's names only `cost`; the rest holds.

@@ -259,6 +259,19 @@ def test_strides_of_every_kind():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_far_apart():
+    """Offsets inside a tile are 32-bit: inputs are refused, a cotangent is copied, and one row may lie anywhere."""
+    whole, N = packed([3])
+    q, k, v = tensors(N, N, 1, 1, 16)
+    far = torch.empty(2 * 2**23 + 16, device=DEVICE).as_strided((3, 1, 16), (2**23, 16, 1))
+    with pytest.raises(NotImplementedError, match="rows and channels must be below"):
+        run(far, k, v, whole, whole)
+    far.copy_(q)
+    o = run(q.requires_grad_(), k, v, whole, whole)
+    assert torch.equal(*(torch.autograd.grad(o, q, do, retain_graph=True)[0] for do in (far, far.contiguous())))
+    run(far[:1].as_strided((1, 1, 16), (2**30, 16, 1)), k, v, segments([0], [1]), whole)
+
+
 def test_only_what_is_needed():
     whole, N = packed([20])
     args = (*tensors(N, N, 1, 1, 16), whole, whole)
@@ -296,7 +309,7 @@ BAD = [
     ),
     (
         {"q": torch.zeros(Q, dtype=torch.float64)},
-        "attention: q has dtype torch.float64, expected torch.float16, torch.bfloat16 or torch.float32",
+        "attention: q has dtype torch.float64, expected float16, bfloat16 or float32",
     ),
     (
         {"k": torch.zeros(K_, dtype=torch.float16)},
@@ -310,7 +323,8 @@ BAD = [
         {"q_segments": Segments(starts_S=S1.starts_S.long(), ends_S=S1.ends_S, max_len=8)},
         "attention: q_segments.starts_S has dtype torch.int64 and stride (1,), expected torch.int32 and (1,)",
     ),
-    ({"window": 0}, "attention: window is 0, expected at least 1 and below 2**30"),
+    ({"window": 0}, "attention: window is 0, expected an integer, at least 1 and below 2**30"),
+    ({"window": 2.0}, "attention: window is 2.0, expected an integer, at least 1 and below 2**30"),
     ({"softcap": -1.0}, "attention: softcap is -1.0, expected a positive number"),
 ]
 

@@ -19,9 +19,9 @@ module = importlib.import_module("unsloth_core.ops.cross_entropy")  # the packag
 OPTIONS = st.fixed_dictionaries(
     {},
     optional={
-        "label_smoothing": st.sampled_from([0.1, 1.0]),
-        "z_loss": st.sampled_from([0.01, 0.5]),
-        "softcap": st.sampled_from([3.0, 30.0]),
+        "label_smoothing": st.sampled_from([0.1, 0.5, 1.0]),
+        "z_loss": st.sampled_from([1e-4, 0.01, 0.5]),
+        "softcap": st.sampled_from([1.0, 3.0, 30.0]),
         "ignore_index": st.sampled_from([-1, 0]),
     },
 )

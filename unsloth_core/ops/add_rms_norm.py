@@ -115,7 +115,11 @@ def add_rms_norm_fwd(
     offset: float = 0.0,
     casting_mode: str = "llama",
 ) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...]]:
-    """x (..., D), res (..., D), w (D,) -> (h, y), both (..., D) and contiguous. Else raises ValueError."""
+    """x (..., D), res (..., D), w (D,) -> (h, y), both (..., D) in x's dtype, new and contiguous.
+
+    ``casting_mode`` "llama" or "gemma", as in rms_norm. Raises ValueError for other shapes, dtypes, devices,
+    strides or modes, NotImplementedError for 2^30 rows or more.
+    """
     check_norm("add_rms_norm", x, w, casting_mode, "res", res)
     inner, (x_rows, res_rows) = check_row_strides("add_rms_norm", x=x, res=res)
     D = x.shape[-1]

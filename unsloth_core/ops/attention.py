@@ -25,7 +25,8 @@ bytes). Dtype: fp16, bf16 or fp32 in and out; products, softmax and sums in fp32
 input's dtype for their products; lse fp32. fp32 inputs are multiplied exactly (no tf32). Any strides, no
 copies: blocks of aligned 16-bit heads go through tensor descriptors (Hopper's copy engine), all others
 through pointers. Bytes (b per element): forward fused (2·N·H + 2·M·G)·K·b; unfused 2·N·M·H·(4 + b) more.
-Backward needs 8·N·H scratch. Limits: head size 1 to 256, the same for q, k and v; double backward raises.
+Backward needs 8·N·H scratch. Limits: head size 1 to 256, the same for q, k and v; rows and channels lie less
+than 2^23 elements apart (a cotangent of which they do not is copied); double backward raises.
 
 Sources of the ideas: online softmax (Milakov and Gimelshein 2018), FlashAttention-2 (Dao 2023) for the
 two-kernel backward and the loop order, Flash-Decoding (Dao et al. 2023) for split keys, base-2 exponentials
@@ -46,6 +47,7 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..segments import Segments
 from ..tree import ABSENT, Tree
+from .checks import check_device, check_dtype
 from .language import cast, dot
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -629,9 +631,10 @@ def attention_fwd(
     ``q_NHK`` (N, H, K), ``k_MGK`` and ``v_MGK`` (M, G, K): fp16, bf16 or fp32, any strides; H a multiple of
     G. ``scale``: default K**-0.5. A query's position counts from the end: the last query row of a segment
     stands at its last key row. ``causal``: keys up to that position. ``window`` W: only keys whose position
-    is greater than the query's minus W. Returns ``o_NHK`` in q's dtype, and with ``return_lse`` also
-    ``lse_NH`` (natural logarithm, fp32), which takes part in the gradient. Raises ValueError for shapes,
-    dtypes, devices or statics that do not fit.
+    is greater than the query's minus W. ``softcap`` c: scores become c·tanh(score / c). Returns ``o_NHK`` in
+    q's dtype, new and contiguous, and with ``return_lse`` also ``lse_NH`` (natural logarithm, fp32), which
+    takes part in the gradient. Raises ValueError for shapes, dtypes, devices or options that do not fit,
+    NotImplementedError for rows 2^23 or more elements apart.
     """
     _check(q_NHK, k_MGK, v_MGK, q_segments, kv_segments, window, softcap)
     (N, H, K), (M, G, _) = q_NHK.shape, k_MGK.shape
@@ -687,6 +690,8 @@ def attention_bwd(
     do, dlse = dy if isinstance(dy, tuple) else (dy, ABSENT)
     if do is ABSENT:
         do = o.new_zeros(()).expand(o.shape)
+    if _far_apart(do):
+        do = do.contiguous()
     tma = _by_tma(q, k, v, do)
     launch = _launch(q.dtype, K, device.capability(where), tma)
     inner, outer, scale = _factors(K, scale, softcap)
@@ -776,6 +781,11 @@ def _by_tma(*tensors: Tensor) -> bool:
     )  # fmt: skip
 
 
+def _far_apart(t: Tensor) -> bool:
+    """Whether rows or channels are too far apart for offsets inside a tile, which are 32-bit."""
+    return any(t.shape[i] > 1 and t.stride(i) >= 2**23 for i in (0, 2))
+
+
 def _factors(K: int, scale: float | None, softcap: float | None) -> tuple[float, float | None, float]:
     """What turns ±q·k into S: one factor, or one inside and one outside of tanh; then the scale itself."""
     scale = float(K**-0.5 if scale is None else scale)
@@ -808,13 +818,13 @@ def _check(
         raise ValueError(f"attention: head size is {K}, expected 1 to 256")
     if k.shape[1] == 0 or H % k.shape[1]:
         raise ValueError(f"attention: {H} query heads, expected a multiple of the {k.shape[1]} key heads")
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"attention: q has dtype {q.dtype}, expected torch.float16, torch.bfloat16 or torch.float32")
+    check_dtype("attention", "q", q)
     for name, t in (("k", k), ("v", v)):
         if t.dtype != q.dtype:
             raise ValueError(f"attention: {name} has dtype {t.dtype}, expected that of q, {q.dtype}")
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if max(t.stride(0), t.stride(2)) >= 2**23:  # offsets inside a tile are 32-bit
+        check_device("attention", name, t, "q", q.device)
+        if _far_apart(t):
             raise NotImplementedError(
                 f"attention: {name} has strides {t.stride()}, rows and channels must be below 2**23"
             )
@@ -829,11 +839,8 @@ def _check(
             raise ValueError(
                 f"attention: {name} has dtype {t.dtype} and stride {t.stride()}, expected torch.int32 and (1,)"
             )
-        if t.device != q.device:
-            raise ValueError(f"attention: {name} is on {t.device}, expected the device of q, {q.device}")
-    if k.device != q.device or v.device != q.device:
-        raise ValueError(f"attention: k is on {k.device} and v on {v.device}, expected the device of q, {q.device}")
-    if window is not None and not 1 <= window < 2**30:
-        raise ValueError(f"attention: window is {window}, expected at least 1 and below 2**30")
+        check_device("attention", name, t, "q", q.device)
+    if window is not None and not (isinstance(window, int) and 1 <= window < 2**30):
+        raise ValueError(f"attention: window is {window}, expected an integer, at least 1 and below 2**30")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attention: softcap is {softcap}, expected a positive number")

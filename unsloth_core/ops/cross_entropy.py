@@ -30,6 +30,7 @@ Sources: online softmax, Milakov and Gimelshein, arXiv 1805.02867; the gradient 
 Liger Kernel (arXiv 2410.10989); tanh near zero, Cephes' ``tanhf``; exp, Cody and Waite.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch, next_power_of_2
 from ..tree import ABSENT
+from .checks import check_device, check_dtype
 from .language import cast
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -346,7 +348,7 @@ def forward_pass(
     *,
     rows: Any = ABSENT,
     N: int = 0,
-    statistics: tuple[Tensor, Tensor] | None = None,
+    statistics: Sequence[Tensor] = (),
     gradient: bool = False,
     ignore_index: int,
     label_smoothing: float,
@@ -367,20 +369,13 @@ def forward_pass(
     )  # fmt: skip
 
 
-def check_dtype(op: str, name: str, t: Tensor) -> None:
-    """Raises ValueError for a dtype that the kernels do not take."""
-    if t.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"{op}: {name} has dtype {t.dtype}, expected float16, bfloat16 or float32")
-
-
-def check_targets(op: str, targets: Tensor, letter: str, size: int, device: torch.device) -> None:
-    """Raises ValueError unless targets is (size,) of int32 or int64 on ``device``."""
+def check_targets(op: str, targets: Tensor, letter: str, size: int, of: str, device: torch.device) -> None:
+    """Raises ValueError unless targets is (size,) of int32 or int64 on ``device``, that of the argument ``of``."""
     if targets.shape != (size,):
         raise ValueError(f"{op}: targets has shape {tuple(targets.shape)}, expected ({letter},) = ({size},)")
     if targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{op}: targets has dtype {targets.dtype}, expected torch.int64 or torch.int32")
-    if targets.device != device:
-        raise ValueError(f"{op}: targets is on {targets.device}, expected {device}")
+    check_device(op, "targets", targets, of, device)
 
 
 def check_options(op: str, label_smoothing: float, z_loss: float, softcap: float | None) -> None:
@@ -405,8 +400,8 @@ def cross_entropy_fwd(
 ) -> tuple[Tensor, Any]:
     """logits (N, V) fp16, bf16 or fp32, targets (N,) int32 or int64 -> losses (N,) fp32, 0 where ignored.
 
-    Options and formulas as in the head of this file. Raises ValueError for other shapes, dtypes, devices or
-    options, and for logits whose last stride is not 1.
+    ``label_smoothing`` ε, ``z_loss`` λ and ``softcap`` cap: formulas below. Raises ValueError for other shapes,
+    dtypes, devices or options, and for logits whose last stride is not 1.
     """
     shape, strides = tuple(logits_NV.shape), logits_NV.stride()
     if len(shape) != 2 or shape[1] == 0:
@@ -415,14 +410,16 @@ def cross_entropy_fwd(
     check_dtype("cross_entropy", "logits", logits_NV)
     if V > 1 and N > 0 and strides[1] != 1:
         raise ValueError(f"cross_entropy: logits has strides {strides}, expected a last stride of 1")
-    check_targets("cross_entropy", targets_N, "N", N, logits_NV.device)
+    check_targets("cross_entropy", targets_N, "N", N, "logits", logits_NV.device)
     check_options("cross_entropy", label_smoothing, z_loss, softcap)
-    losses, m, rest = (torch.empty(N, dtype=torch.float32, device=logits_NV.device) for _ in range(3))
+    losses, *statistics = (
+        torch.empty(N, dtype=torch.float32, device=logits_NV.device) for _ in range(3 if needs[0] else 1)
+    )
     forward_pass(
-        logits_NV, targets_N, losses, statistics=(m, rest) if needs[0] else None,
+        logits_NV, targets_N, losses, statistics=statistics,
         ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
     )  # fmt: skip
-    return losses, (logits_NV, targets_N, m, rest) if needs[0] else ABSENT
+    return losses, (logits_NV, targets_N, *statistics) if needs[0] else ABSENT
 
 
 def cross_entropy_bwd(

@@ -32,9 +32,9 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch, next_power_of_2
 from ..tree import ABSENT
+from .checks import check_device, check_dtype
 from .language import cast
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TILE = 2048  # elements a program moves at once: 16 a thread with 4 warps
 _MAX_TOKENS = 2**30  # sorted positions are int32 in the kernels; offsets are int64
 _CHUNK = 64  # tokens of one segment that one program sums
@@ -137,10 +137,8 @@ def _check(ids_N: Tensor, w_VD: Tensor) -> None:
         raise ValueError(f"embedding: ids has dtype {ids_N.dtype}, expected int32 or int64")
     if w_VD.ndim != 2:
         raise ValueError(f"embedding: w has shape {tuple(w_VD.shape)}, expected (V, D)")
-    if w_VD.dtype not in _DTYPES:
-        raise ValueError(f"embedding: w has dtype {w_VD.dtype}, expected float16, bfloat16 or float32")
-    if ids_N.device != w_VD.device:
-        raise ValueError(f"embedding: ids is on {ids_N.device}, expected w's device {w_VD.device}")
+    check_dtype("embedding", "w", w_VD)
+    check_device("embedding", "ids", ids_N, "w", w_VD.device)
     if ids_N.shape[0] >= _MAX_TOKENS:
         raise NotImplementedError(f"embedding: {ids_N.shape[0]} ids, expected fewer than {_MAX_TOKENS}")
 
@@ -149,9 +147,9 @@ def _check(ids_N: Tensor, w_VD: Tensor) -> None:
 
 
 def embedding_fwd(ids_N: Tensor, w_VD: Tensor, *, needs: Any, scale: float = 1.0) -> tuple[Tensor, Any]:
-    """ids (N,) int32 or int64, w (V, D) -> x (N, D) in w's dtype, contiguous.
+    """ids (N,) int32 or int64, w (V, D) -> x (N, D) in w's dtype, new and contiguous; NaN rows for other ids.
 
-    Raises ValueError for anything else.
+    Raises ValueError for other shapes, dtypes or devices, NotImplementedError for 2^30 tokens or more.
     """
     _check(ids_N, w_VD)
     (N,), (V, D) = ids_N.shape, w_VD.shape

@@ -37,8 +37,10 @@ from torch import Tensor
 from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch, next_power_of_2
+from ..tree import ABSENT
+from .checks import check_dtype
 from .language import cast
-from .rms_norm import DTYPES, MAX_ROWS, check_row_strides, cotangent_row_strides, row_offset
+from .rms_norm import MAX_ROWS, check_row_strides, cotangent_row_strides, row_offset
 
 _ACTS = ("silu", "gelu_tanh", "gelu_erf")
 _TILE = 2048  # elements of y per program
@@ -130,12 +132,15 @@ def _tile_shape(F: int) -> tuple[int, int]:
 # ---------------------------------------------------------------------------- op
 
 
-def glu_fwd(gate_up: Tensor, *, needs: Any, act: str = "silu") -> tuple[Tensor, tuple[Tensor]]:
-    """gate_up (..., 2F), gate first -> y (..., F), contiguous. Raises ValueError for anything else."""
+def glu_fwd(gate_up: Tensor, *, needs: Any, act: str = "silu") -> tuple[Tensor, tuple[Any]]:
+    """gate_up (..., 2F), gate first -> y (..., F) in its dtype, new and contiguous.
+
+    ``act`` "silu", "gelu_tanh" or "gelu_erf". Raises ValueError for other shapes, dtypes, strides or activations,
+    NotImplementedError for 2^30 rows or more.
+    """
     if gate_up.ndim == 0 or gate_up.shape[-1] == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"glu: gate_up has shape {tuple(gate_up.shape)}, expected (..., 2F) with F >= 1")
-    if gate_up.dtype not in DTYPES:
-        raise ValueError(f"glu: gate_up has dtype {gate_up.dtype}, expected float16, bfloat16 or float32")
+    check_dtype("glu", "gate_up", gate_up)
     if act not in _ACTS:
         raise ValueError(f"glu: act is {act!r}, expected one of {_ACTS}")
     F = gate_up.shape[-1] // 2
@@ -150,11 +155,13 @@ def glu_fwd(gate_up: Tensor, *, needs: Any, act: str = "silu") -> tuple[Tensor, 
         _forward, grid, gate_up, y, rows, F, inner, *strides,
         ACT=act, ROWS=ROWS, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    return y, (gate_up,)
+    return y, (gate_up if needs[0] else ABSENT,)
 
 
-def glu_bwd(residuals: tuple[Tensor], dy: Tensor, *, needs: Any, act: str = "silu") -> tuple[Tensor]:
+def glu_bwd(residuals: tuple[Any], dy: Tensor, *, needs: Any, act: str = "silu") -> tuple[Any]:
     """dy like y, of any strides -> d gate_up, contiguous: da in its first F columns, db in the others."""
+    if not needs[0]:
+        return (ABSENT,)
     (gate_up,) = residuals
     F = gate_up.shape[-1] // 2
     rows = gate_up.numel() // (2 * F)

@@ -11,9 +11,10 @@ skinny product forward (u) and two backward (t, dA), and one per part (dB).
 
 Residuals: x if a dense weight or an adapter needs its gradient, and the weight node itself: arguments, 0 new bytes.
 u, a and v are rebuilt in backward (2·N·C·R FLOPs against the 2·N·C·M of the product).
-Dtypes: fp16, bf16, fp32. Sums are fp32 (fp32 operands are multiplied exactly, no tf32), y has x's dtype. Dense weights
-and bias have x's dtype; NF4 decodes to its own dtype and is cast to x's; adapters (fp32 leaves) are cast, and their
-gradients leave the accumulator in the leaf's dtype, as dW does in W's.
+Dtypes: fp16, bf16, fp32. Sums are fp32, y has x's dtype. fp32 operands are multiplied exactly by the kernels; on a GPU
+such products are cuBLAS's, exact too unless the process allows tf32 (``torch.set_float32_matmul_precision``). Dense
+weights, bias and add have x's dtype; NF4 decodes to its own dtype and is cast to x's; adapters (fp32 leaves) are cast,
+and their gradients leave the accumulator in the leaf's dtype, as dW does in W's.
 Bytes: x, W, y once (add read once). Unfused, each of bias, LoRA and add reads and writes y once more, 4 B an element.
 Transient: an NF4 weight is decoded once per call, M·C elements; a Stacked weight is gathered into one such buffer.
 Limits: x and add must be viewable as (N, C) and (N, M); a dy that is not is copied. NF4 has no gradient.
@@ -38,6 +39,7 @@ from ..cost import Cost
 from ..tree import ABSENT
 from ..weights import NF4, Adapted, LoRA, Stacked, Weight, shape
 from . import nf4
+from .checks import check_device, check_dtype
 from .language import cast, dot
 
 
@@ -382,8 +384,8 @@ def linear_fwd(
     """``y_NM = x W^T (+ bias_M) (+ LoRA) (+ add_NM)`` for a weight ``Tensor (M, C) | NF4 | Stacked | Adapted``.
 
     ``x`` (..., C) and ``add`` (..., M) in any strides that a (N, C) or (N, M) view covers. Differentiable in everything
-    but NF4. Raises ValueError for shapes, dtypes or devices that do not fit, NotImplementedError for an x that is not
-    fp16, bf16 or fp32.
+    but NF4. Raises ValueError for shapes, dtypes, devices or strides that do not fit, NotImplementedError for the
+    gradient of an NF4 weight.
     """
     m, c = _check(x_NC, w, bias, add)
     x, y_shape = _matrix(x_NC, "x"), (*x_NC.shape[:-1], m)
@@ -538,8 +540,7 @@ def _matrix(t: Tensor, name: str) -> Tensor:
 
 def _check(x: Tensor, w: Weight, bias: Any, add: Any) -> tuple[int, int]:
     """Rows and columns of ``w``, or the first thing that does not fit."""
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise NotImplementedError(f"linear: x has dtype {x.dtype}, supported are float16, bfloat16 and float32")
+    check_dtype("linear", "x", x)
     base, parts, rows = _open(w)
     stack = base.parts if isinstance(base, Stacked) else (base,)
     for part in stack:
@@ -548,6 +549,8 @@ def _check(x: Tensor, w: Weight, bias: Any, add: Any) -> tuple[int, int]:
             raise ValueError(f"linear: w has shape {tuple(part.shape)}, expected {expected}")
         if isinstance(part, Tensor):
             _agree("w", part, part.shape, x)
+        else:
+            check_device("linear", "w", part.codes, "x", x.device)
     m, c = shape(w)
     if x.ndim == 0 or x.shape[-1] != c:
         raise ValueError(f"linear: x has shape {tuple(x.shape)}, expected (..., C) with C = {c}")
@@ -570,5 +573,4 @@ def _agree(name: str, t: Tensor, shape_: tuple[int, ...], x: Tensor, *, any_dtyp
         raise ValueError(f"linear: {name} has shape {tuple(t.shape)}, expected {tuple(shape_)}")
     if t.dtype != x.dtype and not any_dtype:
         raise ValueError(f"linear: {name} has dtype {t.dtype}, expected {x.dtype} like x")
-    if t.device != x.device:
-        raise ValueError(f"linear: {name} is on {t.device}, expected {x.device} like x")
+    check_device("linear", name, t, "x", x.device)

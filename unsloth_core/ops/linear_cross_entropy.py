@@ -20,7 +20,7 @@ Residuals: dx at g = 1 for the M target rows in x's dtype (M · D elements), dw 
 over several chunks, else w's dtype), ``rows`` and ``w`` by reference, and a 0-byte tensor that carries N.
 Dtypes: x and w alike, fp16, bf16 or fp32. Logits and dz are rounded to it, as in PyTorch; losses, their sum
 and dw over chunks are fp32; 16-bit dx is rounded once more than PyTorch's (before g and after). The sum over
-tokens has a fixed order.
+tokens has a fixed order. Products are cuBLAS's (``torch.mm``): fp32 ones are exact unless the process allows tf32.
 Bytes, besides x, w and the gradients: 4 or 5 passes over a chunk's logits. Unfused: 7 over (N, V).
 Limits: w is a Tensor (no NF4 or adapted head); the last stride of x and w is 1.
 
@@ -39,7 +39,8 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch, next_power_of_2
 from ..tree import ABSENT
-from .cross_entropy import check_dtype, check_options, check_targets, forward_pass
+from .checks import check_device, check_dtype
+from .cross_entropy import check_options, check_targets, forward_pass
 from .language import cast
 
 CHUNK_LOGITS = 2**28
@@ -137,20 +138,18 @@ def _check(x: Tensor, w: Tensor, targets: Tensor, rows: Any) -> None:
         raise ValueError(f"{op}: w has shape {tuple(w.shape)}, expected (V, D) with V > 0 and D = {x.shape[1]} > 0")
     if w.dtype != x.dtype:
         raise ValueError(f"{op}: w has dtype {w.dtype}, expected that of x, {x.dtype}")
-    if w.device != x.device:
-        raise ValueError(f"{op}: w is on {w.device}, expected {x.device}")
+    check_device(op, "w", w, "x", x.device)
     if rows is ABSENT:
-        check_targets(op, targets, "N", x.shape[0], x.device)
+        check_targets(op, targets, "N", x.shape[0], "x", x.device)
         return
     if targets.ndim != 1:
         raise ValueError(f"{op}: targets has shape {tuple(targets.shape)}, expected (M,)")
-    check_targets(op, targets, "M", targets.shape[0], x.device)
+    check_targets(op, targets, "M", targets.shape[0], "x", x.device)
     if rows.shape != targets.shape:
         raise ValueError(f"{op}: rows has shape {tuple(rows.shape)}, expected (M,) = ({targets.shape[0]},)")
     if rows.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{op}: rows has dtype {rows.dtype}, expected torch.int64 or torch.int32")
-    if rows.device != x.device:
-        raise ValueError(f"{op}: rows is on {rows.device}, expected {x.device}")
+    check_device(op, "rows", rows, "x", x.device)
 
 
 def linear_cross_entropy_fwd(

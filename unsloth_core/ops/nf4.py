@@ -10,7 +10,7 @@ Dequantising reads 0.516 B (nested) or 0.563 B per element and writes one elemen
 to ``w.dtype``. FP fusion is off: a fused multiply-add in the nested absmax, rounded once where bitsandbytes rounds
 twice, changes the last bit. The kernel reads eight codes as one 32-bit word and looks them up with a gather in a
 16-entry table held in registers. Quantising happens once, when a model is loaded, in plain PyTorch.
-Limits: contiguous codes; block sizes that are multiples of 8.
+Limits: contiguous tensors; block sizes that are powers of two from 32 to 4096.
 """
 
 import functools
@@ -25,6 +25,7 @@ from .. import backend, device
 from ..cost import Cost
 from ..tree import ABSENT
 from ..weights import NF4, Nested
+from .checks import check_device, check_dtype
 from .language import cast
 
 TABLE = (
@@ -67,7 +68,7 @@ def _dequantize_kernel(
 def dequantize(w: NF4, *, out: Tensor | None = None) -> Tensor:
     """(M, C) in ``w.dtype``, or written into a contiguous ``out`` (rows of a larger buffer) and returned.
 
-    Raises ValueError when the tensors of ``w`` do not fit its shape.
+    Raises ValueError when the tensors of ``w`` do not fit its shape or lie on different devices.
     """
     _check(w)
     if backend.resolve(w.codes) == "reference":
@@ -118,8 +119,7 @@ def quantize(t_MC: Tensor, *, double_quant: bool = True, block: int = 64) -> NF4
     """
     if t_MC.ndim != 2:
         raise ValueError(f"quantize: t has shape {tuple(t_MC.shape)}, expected (M, C)")
-    if t_MC.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"quantize: t has dtype {t_MC.dtype}, expected float16, bfloat16 or float32")
+    check_dtype("quantize", "t", t_MC)
     if block not in BLOCKS:
         raise ValueError(f"quantize: block = {block}, expected one of {BLOCKS}")
     table = torch.tensor(TABLE, dtype=torch.float32, device=t_MC.device)
@@ -173,6 +173,8 @@ def _table(where: torch.device) -> Tensor:
 
 
 def _check(w: NF4) -> None:
+    if w.block not in BLOCKS:
+        raise ValueError(f"dequantize: block = {w.block}, expected one of {BLOCKS}")
     elements = math.prod(w.shape)
     blocks = -(-elements // w.block)
     wanted = [("codes", w.codes, (elements + 1) // 2, torch.uint8)]
@@ -191,3 +193,4 @@ def _check(w: NF4) -> None:
                 f"dequantize: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected contiguous {dtype} "
                 f"with {numel} elements for shape {tuple(w.shape)} in blocks of {w.block}"
             )
+        check_device("dequantize", name, tensor, "codes", w.codes.device)

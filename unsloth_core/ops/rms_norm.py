@@ -38,9 +38,9 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch, next_power_of_2, sms
 from ..tree import ABSENT
+from .checks import check_device, check_dtype
 from .language import cast
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CASTING_MODES = ("llama", "gemma")
 MAX_ROWS = 2**30  # row numbers are int32 in the kernels; offsets are int64
 _FORWARD_BYTES = 65536  # of a row of x that one program keeps in registers
@@ -331,18 +331,14 @@ def check_norm(op: str, x: Tensor, w: Tensor, casting_mode: str, name: str = "",
         raise ValueError(f"{op}: w has shape {tuple(w.shape)}, expected (D,) = ({D},)")
     if not w.is_contiguous():
         raise ValueError(f"{op}: w has stride {w.stride(0)}, expected 1")
-    if dtype not in DTYPES:
-        raise ValueError(f"{op}: x has dtype {dtype}, expected float16, bfloat16 or float32")
-    if w.dtype not in DTYPES:
-        raise ValueError(f"{op}: w has dtype {w.dtype}, expected float16, bfloat16 or float32")
-    if w.device != device:
-        raise ValueError(f"{op}: w is on {w.device}, expected x's device {device}")
+    check_dtype(op, "x", x)
+    check_dtype(op, "w", w)
+    check_device(op, "w", w, "x", device)
     if like_x is not ABSENT:
         if like_x.shape != shape or like_x.dtype != dtype:
             got = f"{tuple(like_x.shape)} {like_x.dtype}"
             raise ValueError(f"{op}: {name} is {got}, expected x's {tuple(shape)} {dtype}")
-        if like_x.device != device:
-            raise ValueError(f"{op}: {name} is on {like_x.device}, expected x's device {device}")
+        check_device(op, name, like_x, "x", device)
     if casting_mode not in _CASTING_MODES:
         raise ValueError(f"{op}: casting_mode is {casting_mode!r}, expected one of {_CASTING_MODES}")
     if x.numel() // D >= MAX_ROWS:
@@ -416,7 +412,11 @@ def rms_norm_fwd(
     offset: float = 0.0,
     casting_mode: str = "llama",
 ) -> tuple[Tensor, tuple[Any, ...]]:
-    """x (..., D), w (D,), add (..., D) or ABSENT -> y (..., D), contiguous. Else raises ValueError."""
+    """x (..., D), w (D,), add (..., D) or ABSENT -> y (..., D) in x's dtype, new and contiguous.
+
+    ``casting_mode`` "llama" or "gemma": where it rounds, see below. Raises ValueError for other shapes, dtypes,
+    devices, strides or modes, NotImplementedError for 2^30 rows or more.
+    """
     if add is ABSENT:
         check_norm("rms_norm", x, w, casting_mode)
         inner, (x_rows,) = check_row_strides("rms_norm", x=x)

@@ -32,9 +32,9 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch, next_power_of_2
 from ..tree import ABSENT
+from .checks import check_device, check_dtype
 from .language import cast
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PAIRS = 2048  # channel pairs in one tile: 16 a thread with 4 warps, two 16-byte loads of either half
 
 
@@ -128,8 +128,7 @@ def _check(q_NHK: Tensor, k_NGK: Tensor, cos_NJ: Tensor, sin_NJ: Tensor) -> None
     for name, x, dims in (("q", q_NHK, "(N, H, K)"), ("k", k_NGK, "(N, G, K)")):
         if x.ndim != 3:
             raise ValueError(f"rope: {name} has shape {tuple(x.shape)}, expected {dims}")
-        if x.dtype not in _DTYPES:
-            raise ValueError(f"rope: {name} has dtype {x.dtype}, expected float16, bfloat16 or float32")
+        check_dtype("rope", name, x)
     N, _, K = q_NHK.shape
     if k_NGK.shape[0] != N or k_NGK.shape[2] != K:
         raise ValueError(f"rope: k has shape {tuple(k_NGK.shape)}, expected (N, G, K) = ({N}, G, {K})")
@@ -141,8 +140,7 @@ def _check(q_NHK: Tensor, k_NGK: Tensor, cos_NJ: Tensor, sin_NJ: Tensor) -> None
     if sin_NJ.shape != cos_NJ.shape:
         raise ValueError(f"rope: sin has shape {tuple(sin_NJ.shape)}, expected cos's {tuple(cos_NJ.shape)}")
     for name, x in (("k", k_NGK), ("cos", cos_NJ), ("sin", sin_NJ)):
-        if x.device != q_NHK.device:
-            raise ValueError(f"rope: {name} is on {x.device}, expected q's device {q_NHK.device}")
+        check_device("rope", name, x, "q", q_NHK.device)
 
 
 # --------------------------------------------------------------------------------------------------------- op
@@ -153,7 +151,7 @@ def rope_fwd(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Any, Any]]:
     """q (N, H, K), k (N, G, K), cos and sin (N, J) fp32, 2J <= K -> turned q and k, new and contiguous.
 
-    Raises ValueError for other shapes or dtypes, NotImplementedError if cos or sin want a gradient.
+    Raises ValueError for other shapes, dtypes or devices, NotImplementedError if cos or sin want a gradient.
     """
     _check(q_NHK, k_NGK, cos_NJ, sin_NJ)
     if needs[2] or needs[3]:

@@ -17,6 +17,8 @@ def linear(x_NC: Tensor, w: Weight, bias: Tensor | Any = ABSENT, add: Tensor | A
     for what, value, shape in (("bias", bias, y.shape[-1:]), ("add", add, y.shape)):
         if value is not ABSENT and value.shape != shape:  # no broadcasting
             raise ValueError(f"linear: {what} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+        if value is not ABSENT and value.dtype != x_NC.dtype:  # no promotion
+            raise ValueError(f"linear: {what} has dtype {value.dtype}, expected {x_NC.dtype} like x")
     if bias is not ABSENT:
         y = y + bias
     if any(part is not ABSENT for part in parts):
