@@ -13,6 +13,7 @@ from oprule import ABSENT, DEVICE, DTYPES, check_op, rand, strided
 from unsloth_core import autodiff, backend, device, tree
 from unsloth_core.cost import Cost
 from unsloth_core.ops import nf4
+from unsloth_core.reference.nf4 import dequantize as decode
 from unsloth_core.weights import NF4, Adapted, LoRA, Stacked, shape
 
 ops = importlib.import_module("unsloth_core.ops.linear")  # the file; the package's attribute is the op
@@ -39,6 +40,22 @@ def base_of(kind: str, rows: tuple[int, ...], c: int, dtype: torch.dtype, seed: 
         return nf4.quantize(dense(sum(rows), c, dtype, seed), double_quant=seed % 2 == 0)
     parts = [dense(m, c, dtype, seed + i) for i, m in enumerate(rows)]
     return Stacked(parts=tuple(nf4.quantize(p) if i % 2 else p for i, p in enumerate(parts)))
+
+
+def eager(x, w, bias=ABSENT, add=ABSENT):
+    """What a user of PyTorch and PEFT writes: every product and every sum is rounded to x's dtype."""
+    parts, rows = (w.parts, w.rows) if isinstance(w, Adapted) else ((), ())
+    base = w.base if isinstance(w, Adapted) else w
+    stack = base.parts if isinstance(base, Stacked) else [base]
+    matrices = [m if isinstance(m, torch.Tensor) else decode(m) for m in stack]
+    y = x @ torch.cat(matrices).to(x.dtype).T
+    if bias is not ABSENT:
+        y = y + bias
+    columns = y.split(rows or y.shape[-1], -1)
+    low_rank = [0 if p is ABSENT else p.scale * ((x @ p.a.to(x.dtype).T) @ p.b.to(x.dtype).T) for p in parts]
+    if parts:
+        y = torch.cat([c + u for c, u in zip(columns, low_rank)], -1)
+    return y if add is ABSENT else y + add
 
 
 @given(n=SIZES, c=SIZES, m=SIZES, dtype=st.sampled_from(DTYPES), bias=st.booleans(), add=st.booleans())
@@ -75,6 +92,7 @@ def test_adapted(n, c, rows, kind, ranks, dtype, frozen, extras):
         (rand((n, c), dtype, seed=1), w, bias, add),
         frozen=lambda path: bool(frozen) and frozen in path,
         factor=FACTOR[dtype],
+        judge=eager,
     )
 
 

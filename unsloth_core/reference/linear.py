@@ -11,19 +11,26 @@ from .nf4 import dequantize
 
 
 def linear(x_NC: Tensor, w: Weight, bias: Tensor | Any = ABSENT, add: Tensor | Any = ABSENT) -> Tensor:
-    """``y_NM = x W^T (+ bias_M) (+ scale (x A^T) B^T on the rows of each adapted part) (+ add_NM)``."""
+    """``y_NM = x W^T (+ bias_M) (+ scale (x A^T) B^T on the rows of each adapted part) (+ add_NM)``.
+
+    The sum is made in (at least) fp32 and rounded once. Rounded to bf16 first, ``x W^T`` swallows the update of a young
+    adapter, which is smaller than half a unit of it, and training starts late.
+    """
     base, parts, rows = (w.base, w.parts, w.rows) if isinstance(w, Adapted) else (w, (), ())
-    y = x_NC @ _dense(base, x_NC.dtype).T
+    wide = torch.promote_types(x_NC.dtype, torch.float32)
+    x = x_NC.to(wide)
+    y = x @ _dense(base, x_NC.dtype).to(wide).T
     for what, value, shape in (("bias", bias, y.shape[-1:]), ("add", add, y.shape)):
         if value is not ABSENT and value.shape != shape:  # no broadcasting
             raise ValueError(f"linear: {what} has shape {tuple(value.shape)}, expected {tuple(shape)}")
         if value is not ABSENT and value.dtype != x_NC.dtype:  # no promotion
             raise ValueError(f"linear: {what} has dtype {value.dtype}, expected {x_NC.dtype} like x")
     if bias is not ABSENT:
-        y = y + bias
+        y = y + bias.to(wide)
     if any(part is not ABSENT for part in parts):
-        y = y + torch.cat([_update(x_NC, part, m) for part, m in zip(parts, rows, strict=True)], dim=-1)
-    return y if add is ABSENT else y + add
+        updates = [_update(x, part, m, x_NC.dtype) for part, m in zip(parts, rows, strict=True)]
+        y = y + torch.cat(updates, dim=-1)
+    return (y if add is ABSENT else y + add.to(wide)).to(x_NC.dtype)
 
 
 def _dense(w: Tensor | NF4 | Stacked, dtype: torch.dtype) -> Tensor:
@@ -32,7 +39,9 @@ def _dense(w: Tensor | NF4 | Stacked, dtype: torch.dtype) -> Tensor:
     return dequantize(w).to(dtype) if isinstance(w, NF4) else w
 
 
-def _update(x: Tensor, part: Any, rows: int) -> Tensor:
+def _update(x: Tensor, part: Any, rows: int, dtype: torch.dtype) -> Tensor:
+    """The adapter is rounded to the dtype of the product, like every operand; what comes of it is not."""
     if part is ABSENT:
         return x.new_zeros((*x.shape[:-1], rows))
-    return part.scale * ((x @ part.a.to(x.dtype).T) @ part.b.to(x.dtype).T)
+    a, b = (t.to(dtype).to(x.dtype) for t in (part.a, part.b))
+    return part.scale * ((x @ a.T) @ b.T)
