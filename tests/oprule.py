@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.utils._pytree as pt
 from torch import Tensor
@@ -64,6 +65,25 @@ def assert_op_rule(ours: Tensor, torch_same: Tensor, t64: Tensor, what: str, fac
         slack = _NORM_SLACK[ours.dtype]
         error, allowed = float((o - t).norm()) / norm, factor * max(float((p - t).norm()) / norm, slack / 2) + slack
         assert error <= allowed, f"{what}: relative norm {error:.3e} > {allowed:.3e}"
+
+
+# Cotangents as autograd hands them over, made from a dense (A, B, C): one number for everything, and so on.
+STRANGE_STRIDES = {
+    "expanded": lambda t: t.sum().expand(t.shape),
+    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "repeated": lambda t: t[:, :1].expand(t.shape),
+    "permuted": lambda t: t.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+}
+
+
+def assert_both_refuse(op: Callable[..., Any], *args: Any, **statics: Any) -> None:
+    """Kernels and reference raise the same ValueError, where PyTorch would broadcast."""
+    messages = []
+    for name in backend.NAMES:
+        with backend.using(name), pytest.raises(ValueError) as caught:
+            op(*args, **statics)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
 
 
 def assert_same_up_to_order(a: Tensor, b: Tensor) -> None:
@@ -205,4 +225,15 @@ def _bytes(t: Tensor) -> bytes:
     return t.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-__all__ = ["ABSENT", "DEVICE", "DTYPES", "assert_op_rule", "assert_same_up_to_order", "check_op", "rand", "strided"]
+__all__ = [
+    "ABSENT",
+    "DEVICE",
+    "DTYPES",
+    "STRANGE_STRIDES",
+    "assert_both_refuse",
+    "assert_op_rule",
+    "assert_same_up_to_order",
+    "check_op",
+    "rand",
+    "strided",
+]
