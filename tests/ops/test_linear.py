@@ -19,7 +19,8 @@ from unsloth_core.weights import NF4, Adapted, LoRA, Stacked, shape
 ops = importlib.import_module("unsloth_core.ops.linear")  # the file; the package's attribute is the op
 
 SIZES = st.sampled_from([1, 2, 7, 16, 31, 33, 64])
-# Two fp32 sums of the same numbers in different orders: over few elements either may be luckier by more than 2.
+# Of an adapter, whose gradients are chains of two products: two fp32 sums of the same numbers in different orders, over
+# few elements, where either may be luckier by more than 2. One product alone, test_dense, keeps to 2.
 FACTOR = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 PATHS = ("pointers", "descriptors", "cublas")
 
@@ -65,7 +66,7 @@ def test_dense(n, c, m, dtype, bias, add):
     x = strided(rand((n, c), dtype, seed=1))
     args = (x, dense(m, c, dtype, 2), rand((m,), dtype, seed=3) if bias else ABSENT)
     add_ = strided(rand((n, m), dtype, seed=4)) if add else ABSENT
-    check_op(ops.linear, (*args, add_), factor=FACTOR[dtype])
+    check_op(ops.linear, (*args, add_))
 
 
 @given(

@@ -19,11 +19,15 @@ from unsloth_core.tree import ABSENT
 module = importlib.import_module("unsloth_core.ops.linear_cross_entropy")
 pass_module = importlib.import_module("unsloth_core.ops.cross_entropy")
 
+# In fp32 the products decide: the same sums in another order, and the cotangent after them instead of before, so that
+# over few elements PyTorch may be luckier by more than 2, though our gradient of the logits is the closer one.
+FACTOR = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
+
 OPTIONS = st.fixed_dictionaries(
     {},
     optional={
-        "label_smoothing": st.sampled_from([0.1, 0.9]),
-        "z_loss": st.sampled_from([0.01, 0.5]),
+        "label_smoothing": st.sampled_from([0.1, 0.5, 1.0]),
+        "z_loss": st.sampled_from([1e-4, 0.01, 0.5]),
         "softcap": st.sampled_from([3.0, 30.0]),
         "ignore_index": st.sampled_from([-1, 0]),
     },
@@ -70,23 +74,22 @@ def example(N, D, V, dtype, seed, padded, ignore_index=-100):
 def test_op_rule(N, D, V, dtype, options, padded, trainable, seed):
     args = example(N, D, V, dtype, seed, padded, options.get("ignore_index", -100))
     frozen = (lambda path: False) if trainable else (lambda path: path == "1")
-    # Factor 3: the cotangent is applied after the products, which rounds once more than PyTorch does.
     with small_chunks():
-        check_op(linear_cross_entropy, args, options, seed=seed, frozen=frozen, factor=3.0)
+        check_op(linear_cross_entropy, args, options, seed=seed, frozen=frozen, factor=FACTOR[dtype])
 
 
 @pytest.mark.parametrize(("N", "D", "V"), [(0, 3, 5), (1, 1, 1), (5, 1, 2)])
 @pytest.mark.parametrize("padded", [None, 1])
 def test_smallest(N, D, V, padded):
-    # With a handful of numbers PyTorch's own error can be nearly nothing by luck.
-    check_op(linear_cross_entropy, example(N, D, V, torch.float32, 1, padded), {"z_loss": 0.1}, factor=8.0)
+    args = example(N, D, V, torch.float32, 1, padded)
+    check_op(linear_cross_entropy, args, {"z_loss": 0.1}, factor=FACTOR[torch.float32])
 
 
 def test_strides():
     x, w, targets = (rand((9, 8), seed=1), rand((70, 8), seed=2), example(9, 8, 70, torch.float32, 3, None)[2])
     spread = torch.stack([targets, targets], dim=1)[:, 0]
     with small_chunks():
-        check_op(linear_cross_entropy, (strided(x), strided(w), spread), factor=3.0)
+        check_op(linear_cross_entropy, (strided(x), strided(w), spread), factor=FACTOR[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
