@@ -340,7 +340,11 @@ def test_files_give_the_rows_of_the_list(tmp_path):
         ("a.json", "[1, 2", r"a.json: not valid JSON"),
         ("a.json", '[{"text": "abc"}, 3]', r"a.json: example 1: expected an object"),
         ("a.csv", "text\nabc", r"a.csv: expected a file ending in .jsonl, .json or .parquet"),
-        ("a.jsonl", "", "none of 0 rows has a token to train on"),
+        ("a.jsonl", '{"text": "ab"}\n{"text": \n', "a.jsonl:2: not valid JSON: Expecting value: column 9$"),
+        ("a.json", '[{"text":\n"ab"},\n3', r"a.json: not valid JSON: .*: line 3, column 2$"),
+        ("a.jsonl", "\n", "a.jsonl: no examples in it"),
+        ("a.json", "[]", "a.json: no examples in it"),
+        ("a.jsonl", json.dumps(chat((U, "q"))), r"none of 1 rows, the first at .*a.jsonl:1, has a token to train on"),
     ],
 )
 def test_files_that_are_refused_with_their_place(tmp_path, name, text, message):
@@ -391,7 +395,7 @@ def test_a_long_conversation_is_cut_and_an_untrained_one_left_out_with_one_warni
     with pytest.warns(UserWarning, match="of 4 rows, 2 were longer than 32 tokens and were cut, 2 had no token"):
         loader = data.batches([long, late, mute, rows(1)[0]], TOKENIZER, tokens=64, max_len=32)
     assert sorted(loader.examples.lengths)[-1] == 32 and len(loader.examples) == 2
-    with pytest.raises(ValueError, match="none of 1 rows has a token to train on"):
+    with pytest.raises(ValueError, match="none of 1 rows, the first at example 0, has a token to train on"):
         data.batches([mute], TOKENIZER)
     assert len(data.batches([mute], TOKENIZER, train_on="all")) == 1
 

@@ -204,8 +204,8 @@ def read_examples(source: Source) -> list[Row]:
     """All rows of a data set.
 
     ``source``: a path ending in .jsonl (one object per line), .json (a list of objects, or lines as in .jsonl) or
-    .parquet; or any iterable of dicts. Raises ValueError, naming file and line, for what is not a JSON object, and
-    ImportError for Parquet without pyarrow.
+    .parquet; or any iterable of dicts. Raises ValueError, naming file and line, for what is not a JSON object and for a
+    file without examples, and ImportError for Parquet without pyarrow.
     """
     return list(_read(source)[0])
 
@@ -239,7 +239,11 @@ def _read(source: Source) -> tuple[Iterator[Row], int | None]:
             lines, start = lines + bool(line.strip()), start or line.removeprefix(b"\xef\xbb\xbf").lstrip()
     if path.suffix == ".json" and start.startswith(b"["):
         rows = _parse_json(path.read_bytes(), str(path))
+        if not rows:
+            raise ValueError(f"{path}: no examples in it")
         return (_row(row, f"{path}: example {i}") for i, row in enumerate(rows)), len(rows)
+    if not lines:
+        raise ValueError(f"{path}: no examples in it")
     return _read_lines(path), lines
 
 
@@ -255,13 +259,16 @@ def _read_lines(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield _row(_parse_json(line, f"{path}:{number}"), f"{path}:{number}")
+                yield _row(_parse_json(line.rstrip(), f"{path}:{number}"), f"{path}:{number}")
 
 
 def _parse_json(text: bytes, where: str) -> Any:
     try:
         return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if text.count(b"\n") else ""  # one line: ``where`` has its number
+        raise ValueError(f"{where}: not valid JSON: {error.msg}: {line}column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # of UTF-8 the first
         raise ValueError(f"{where}: not valid JSON: {error}") from None
 
 
@@ -274,6 +281,8 @@ def _read_parquet(path: Path) -> tuple[Iterator[Row], int]:
         file = parquet.ParquetFile(path)
     except ValueError as error:  # pyarrow's ArrowInvalid is one
         raise ValueError(f"{path}: not valid Parquet: {error}") from None
+    if not file.metadata.num_rows:
+        raise ValueError(f"{path}: no examples in it")
     rows = (row for group in file.iter_batches(batch_size=1024) for row in group.to_pylist())
     return (_row(row, f"{path}: example {i}") for i, row in enumerate(rows)), file.metadata.num_rows
 
@@ -477,11 +486,11 @@ def tokenize(
         raise ValueError(f"tokenize: max_len = {max_len}, expected at least 2")
     vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
     rows, total = _read(source)
-    examples, cut, empty, seen = Examples(), 0, 0, 0
+    examples, cut, empty, seen, first = Examples(), 0, 0, 0, ""
     # disable=None: no bar where nobody watches a terminal; delay: none for small files either
     bar = tqdm(rows, total=total, desc="tokenising", unit=" rows", delay=1, disable=None if progress else True)
     for row in bar:
-        seen += 1
+        seen, first = seen + 1, first or row.place
         try:
             example = parse(row)
             ids, trained = encode(example, tokenizer, train_on)
@@ -499,7 +508,8 @@ def tokenize(
             else:
                 empty += 1
     if not len(examples):
-        raise ValueError(f"data: none of {seen} rows has a token to train on (train_on={train_on!r})")
+        where = f", the first at {first}," if first else ""
+        raise ValueError(f"data: none of {seen} rows{where} has a token to train on (train_on={train_on!r})")
     if cut or empty:
         warnings.warn(
             f"data: of {seen} rows, {cut} were longer than {max_len} tokens and were cut, "
