@@ -1,6 +1,7 @@
 """Generation: greedy equals transformers', sampling draws from the distribution it says, options are checked."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -101,6 +102,8 @@ def test_frequencies_are_the_probabilities():
     ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
         ({"temperature": 1.0}, "pass key=uc.random.key"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
@@ -110,6 +113,24 @@ def test_bad_options(loaded, options, message):
     _, model, params = loaded
     with pytest.raises(ValueError, match=message):
         generate(model, params, ["a"], **options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_an_error_and_no_text(loaded, temperature):
+    _, model, params = loaded
+    broken = dataclasses.replace(params, norm=torch.full_like(params.norm, float("nan")))
+    with pytest.raises(ValueError, match="generate: logits of token 1 after prompt 0 are NaN"):
+        generate(model, broken, ["a"], max_new_tokens=2, temperature=temperature, key=random.key(0))
+
+
+def test_a_warning_where_the_context_ends(loaded):
+    _, model, params = loaded
+    context = model.config.max_position_embeddings
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, params, ["ab"], max_new_tokens=4)
+    with pytest.warns(UserWarning, match=f"exceed the model's context of {context} "):
+        generate(model, params, ["ab"], max_new_tokens=context)
 
 
 def test_prompts_without_tokens_and_models_without_tokenizer_are_refused(loaded):

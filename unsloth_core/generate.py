@@ -1,6 +1,8 @@
 """Text from a model: prefill all prompts as one packed buffer, then one token per sequence and step from a static
 cache."""
 
+import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,8 +32,9 @@ def generate(
 
     A prompt is a string (continued as it stands) or a list of chat messages (rendered with the model's template).
     Greedy at ``temperature=0``; otherwise temperature, then ``top_k``, then ``top_p`` (smallest set of at least
-    that mass), drawn with ``key`` (needed then). Raises ValueError for an empty prompt and for options out of
-    range."""
+    that mass), drawn with ``key`` (needed then). The cache holds ``max_new_tokens`` from the start; where they pass the
+    model's context a warning says so, and generation goes on. Raises ValueError for an empty prompt, for options
+    out of range, and when logits are NaN."""
     ids = [encode_prompt(model, prompt) for prompt in prompts]
     sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, key=key)
     new: list[list[int]] = [[] for _ in ids]
@@ -78,8 +81,8 @@ class Sampler:
     """Logits (B, V) to token ids (B,); the same key and step give the same draw on every device."""
 
     def __init__(self, *, temperature: float, top_k: int | None, top_p: float | None, key: Tensor | None) -> None:
-        if temperature < 0:
-            raise ValueError(f"generate: temperature is {temperature}, expected 0 (greedy) or more")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"generate: temperature is {temperature}, expected 0 (greedy) or a number above it")
         if top_k is not None and top_k < 1:
             raise ValueError(f"generate: top_k is {top_k}, expected at least 1")
         if top_p is not None and not 0 < top_p <= 1:
@@ -103,7 +106,7 @@ class Sampler:
         generator = random.generator(random.fold_in(self.key.cpu(), step))
         u_B1 = torch.rand(len(logits_BV), 1, generator=generator).to(logits_BV.device)
         choice_B1 = torch.searchsorted(cumulative_BV, u_B1 * cumulative_BV[:, -1:], right=True)
-        last_B1 = (p_BV > 0).sum(-1, keepdim=True) - 1  # u·total may round up to the total
+        last_B1 = ((p_BV > 0).sum(-1, keepdim=True) - 1).clamp(min=0)  # u·total may round up to the total; NaN: none
         return ids_BV.gather(-1, torch.minimum(choice_B1, last_B1)).squeeze(-1)
 
 
@@ -117,6 +120,12 @@ def _steps(
     cfg, device, dtype = model.config, params.embed.device, params.embed.dtype
     lengths = [len(tokens) for tokens in ids]
     capacity = max(lengths) + max_new_tokens
+    if capacity > cfg.max_position_embeddings:
+        warnings.warn(
+            f"generate: {max(lengths)} tokens of prompt and up to {max_new_tokens} new ones exceed the model's context "
+            f"of {cfg.max_position_embeddings} (max_position_embeddings); text beyond it may make no sense",
+            stacklevel=3,
+        )
     cache = Cache.empty(
         cfg.num_hidden_layers, len(ids), capacity, cfg.num_key_value_heads, cfg.head_dim, dtype=dtype, device=device
     )
@@ -131,9 +140,16 @@ def _steps(
         x_ND, cache = hidden_cached(
             model.family, params, tokens_N, positions_N, q_segments, cache, max_position=capacity - 1
         )
-        tokens_N = sampler(head_logits(params, x_ND[last_B]), step)
+        logits_BV = head_logits(params, x_ND[last_B])
+        # -1 where there is no number to choose by: seen with the ids on the host, so it costs no wait of its own
+        tokens_N = torch.where(logits_BV.isnan().any(-1), -1, sampler(logits_BV, step))
         new: list[int | None] = []
         for i, token in enumerate(tokens_N.tolist()):
+            if token < 0:
+                raise ValueError(
+                    f"generate: logits of token {step + 1} after prompt {i} are NaN: weights or adapter are damaged, "
+                    f"or {dtype} is too narrow for this model"
+                )
             done[i] = done[i] or token in ends
             new.append(None if done[i] else token)
         yield new
