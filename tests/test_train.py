@@ -460,10 +460,13 @@ def test_schedules(schedule, tmp_path):
         ({"alpha": float("nan")}, "alpha is nan, expected a number above 0"),
         ({"warmup": -1}, "warmup is -1, expected at least 0"),
         ({"lr": "fast"}, "lr is 'fast', expected float"),
-        ({"lr": -1.0}, "rate = -1.0|peak = -1.0"),
+        ({"lr": -1.0}, "finetune: lr is -1.0, expected a number of at least 0"),
+        ({"lr": float("nan")}, "finetune: lr is nan, expected a number of at least 0"),
+        ({"weight_decay": -0.1}, "finetune: weight_decay is -0.1, expected a number of at least 0"),
+        ({"tokens": 1}, "finetune: tokens is 1, expected at least 2"),
         ({"targets": 3}, r"targets is 3, expected str or list\[str\]"),
         ({"targets": ["nothing"]}, r"targets \['nothing'\] are not among the model's linears"),
-        ({"train_on": "answers"}, "train_on = 'answers', expected 'responses' or 'all'"),
+        ({"train_on": "answers"}, "finetune: train_on is 'answers', expected 'responses' or 'all'"),
         ({"output": 3}, "output is 3, expected str"),
         ({"examples": [{"txt": "w1"}]}, r"example 0: fields \['txt'\], expected one of"),
     ],
@@ -474,6 +477,35 @@ def test_bad_options(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         finetune(model, params, examples, progress=False, **{"output": str(tmp_path / "out"), **options})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_diverges_stops_and_keeps_what_was_there(tmp_path, monkeypatch):
+    model, params = make()
+    options = {"output": str(tmp_path), "save_every": 1, "steps": 3, "progress": False}
+    finetune(model, params, rows(5), **options)
+    adapter = (tmp_path / "adapter_model.safetensors").read_bytes()
+    norm = optim.global_norm
+    calls = iter((1.0, float("nan")))
+    monkeypatch.setattr(optim, "global_norm", lambda grads: norm(grads) * next(calls))
+    with pytest.raises(ValueError, match=r"finetune: at step 2 the loss is \d.* the gradient's norm nan: "):
+        finetune(model, params, rows(5), **options, resume=False)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == adapter
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_a_full_disk_leaves_the_options_of_the_last_run(tmp_path, monkeypatch):
+    model, params = make()
+    finetune(model, params, rows(5), output=str(tmp_path), steps=1, progress=False)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
+
+    def half(self, text, encoding=None):
+        self.write_bytes(text.encode()[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space left"):
+        finetune(model, params, rows(5), output=str(tmp_path), steps=1, rank=2, progress=False)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()} == before
 
 
 def test_a_model_without_tokenizer_is_refused(tmp_path):

@@ -62,7 +62,14 @@ class Options:
             _check_type("finetune", name, value)
         if self.schedule not in SCHEDULES:
             raise ValueError(f"finetune: schedule is {self.schedule!r}, expected one of {SCHEDULES}")
-        for name in ("rank", "epochs", "tokens", "accumulate", "eval_every", "save_every"):
+        if self.train_on not in ("responses", "all"):
+            raise ValueError(f"finetune: train_on is {self.train_on!r}, expected 'responses' or 'all'")
+        if self.tokens < 2:
+            raise ValueError(f"finetune: tokens is {self.tokens}, expected at least 2, one to predict the next from")
+        for name in ("lr", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"finetune: {name} is {getattr(self, name)}, expected a number of at least 0")
+        for name in ("rank", "epochs", "accumulate", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"finetune: {name} is {getattr(self, name)}, expected at least 1")
         if self.steps is not None and self.steps < 1:
@@ -168,7 +175,8 @@ def finetune(
     (step, loss, lr, grad_norm, targets, tokens_per_s, memory_gib, and eval_loss where measured), ``loss.png``, the
     adapter in PEFT's format, and checkpoints. A run that finds a checkpoint of its own in ``output`` goes on from there
     and ends with the same bits as one that was never stopped; ``resume=False`` starts over. Raises ValueError for bad
-    options or data, and for a checkpoint of a run with other options, data or weights.
+    options or data, for a checkpoint of a run with other options, data or weights, and when loss or gradient is not
+    finite (earlier checkpoints stay).
     """
     if unknown := sorted(set(options) - {field.name for field in dataclasses.fields(Options)}):
         raise ValueError(f"finetune: unknown option {unknown[0]!r}, expected the fields of Options")
@@ -216,7 +224,7 @@ def finetune(
         checkpoint.clear(output / "checkpoints")  # of a run that is started over: they would pass for this one's
 
     output.mkdir(parents=True, exist_ok=True)
-    (output / "run.toml").write_text(o.to_toml(), "utf-8")
+    _write(output / "run.toml", o.to_toml())
     step_fn = make_step(model, params, optimizer, max_norm=o.max_norm, policy=policy)
     rarely = 0.1 if sys.stderr.isatty() else 10.0  # seconds: in a log every refresh stays
     bar = tqdm(
@@ -237,6 +245,12 @@ def finetune(
             history.append(row)
             log.write(json.dumps(row) + "\n")
             log.flush()
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                raise ValueError(
+                    f"finetune: at step {i + 1} the loss is {row['loss']} and the gradient's norm {row['grad_norm']}: "
+                    "nothing can be learnt from here on, and no adapter was written; try a lower lr, or bfloat16 for "
+                    "float16"
+                )
             speed = f"{row['tokens_per_s']:.0f} tok/s, {row['memory_gib']:.1f} GiB"
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}", refresh=False)
             bar.update()
@@ -279,9 +293,18 @@ def _read_metrics(file: Path, steps: int) -> list[dict[str, float]]:
 
 
 def _rewrite_metrics(file: Path, history: list[dict[str, float]]) -> None:
+    _write(file, "".join(json.dumps(row) + "\n" for row in history))
+
+
+def _write(file: Path, text: str) -> None:
+    """All of it or nothing: a full disk leaves what was there."""
     temporary = file.with_name(f".writing-{file.name}")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in history))
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _memory_gib(device: torch.device) -> float:
