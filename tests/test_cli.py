@@ -305,9 +305,20 @@ def test_bad_models_adapters_and_devices(model, whole, tmp_path):
     assert_one_line(generate(tmp_path / "none", "x"), tmp_path / "none")
     assert_one_line(unsloth_core("generate", model, "x", "--device", "cuda:99"), "cuda:99")
     assert_one_line(unsloth_core("generate", model, "x", "--device", "toaster"), "toaster")
+    assert_one_line(unsloth_core("generate", model, "x", "--device", "meta"), "'meta'", "expected cuda")
     assert_one_line(generate(model, "x", "--temperature", -1), "temperature is -1")
     assert_one_line(generate(model, "--raw", stdin=""), "has no tokens")
     assert generate(model, "x", "--dtype", "int3").exit_code == 2
+
+
+def test_full_memory_is_one_line(model, monkeypatch):
+    def stream(*arguments, **keywords):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9600000002016 bytes.")
+
+    monkeypatch.setattr(cli, "stream", stream)
+    assert_one_line(generate(model, "x"), "memory is full", "--max-new-tokens")
+    monkeypatch.setattr(cli, "stream", lambda *arguments, **keywords: 1 / 0)
+    assert isinstance(generate(model, "x").exception, ZeroDivisionError)  # a bug keeps its traceback
 
 
 def test_debug_shows_where(model):

@@ -28,6 +28,7 @@ from .train import finetune as run_finetune
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 # What a user can put right: everything else is a bug of ours and keeps its traceback.
+SMALLER = "fewer --tokens or --max-new-tokens, --quantize nf4 or a smaller model"
 EXPECTED = (ValueError, OSError, ImportError, NotImplementedError, torch.OutOfMemoryError)
 
 # One line for every field of Options.
@@ -133,7 +134,10 @@ def finetune(
     data: Annotated[str, typer.Argument(help="Examples: a .jsonl, .json or .parquet file.", metavar="DATA")],
     *,
     config: Annotated[
-        Path | None, typer.Option(help="TOML file with any of the options below; those given here win.")
+        Path | None,
+        typer.Option(
+            help="TOML file, such as the run.toml of a run, with options from --output on; those given here win."
+        ),
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -186,7 +190,7 @@ def generate(
     model: ModelArgument,
     prompt: Annotated[
         str | None,
-        typer.Argument(help="Default: chat on a terminal, else what comes in on standard input.", metavar="[PROMPT]"),
+        typer.Argument(help="Default: chat on a terminal, else what comes in on standard input.", metavar="PROMPT"),
     ] = None,
     *,
     adapter: Annotated[Path | None, typer.Option(help="Folder that finetune (or PEFT) wrote an adapter to.")] = None,
@@ -199,13 +203,17 @@ def generate(
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="Instructions to the assistant before the chat.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Longest answer, in tokens; memory for all of them is taken at once.", min=1)
+    ] = 256,
     temperature: Annotated[
         float, typer.Option(help="0: always the likeliest token; 1: drawn as the model says.")
     ] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw among this many likeliest tokens.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="With --temperature: draw among this many likeliest tokens.")
+    ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw among the likeliest tokens of this much probability.")
+        float | None, typer.Option(help="With --temperature: draw among the likeliest tokens of this much probability.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same answer.")] = 0,
     device: DeviceOption = None,
@@ -279,8 +287,6 @@ def _load(source: str, device: str | None, dtype: Dtype | None, quantize: Quanti
         where = None if device is None else torch.device(device)
     except RuntimeError:
         raise ValueError(f"--device is {device!r}, expected cuda, cuda:<number> or cpu") from None
-    if where is not None and where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device is {device!r}, but PyTorch sees {torch.cuda.device_count()} CUDA devices")
     kind = None if dtype is None else getattr(torch, dtype.value)
     model, params = load(source, device=where, dtype=kind, quantize=None if quantize is None else quantize.value)
     size = f"{tree.nbytes(params) / 2**30:.2f} GiB, {params.embed.dtype}".replace("torch.", "")
@@ -302,13 +308,16 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
             yield
         except BrokenPipeError:
             raise  # the reader of our output left (`| head`): typer ends quietly
-        except EXPECTED as error:
-            if debug:
+        except (*EXPECTED, RuntimeError) as error:
+            full = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # PyTorch's, on a CPU
+            if debug or not (full or isinstance(error, EXPECTED)):
                 raise
             text = str(error) or type(error).__name__
-            if isinstance(error, OSError) and error.filename:
+            if full:
+                text = f"this machine's memory is full: try {SMALLER}"
+            elif isinstance(error, OSError) and error.filename:
                 text = f"{error.filename}: {error.strerror}"
             elif isinstance(error, torch.OutOfMemoryError):
-                text = "the GPU's memory is full: try fewer --tokens, --quantize nf4 or a smaller model"
+                text = f"the GPU's memory is full: try {SMALLER}"
             _say(f"error: {' '.join(text.split())}")
             raise typer.Exit(1) from None

@@ -31,12 +31,17 @@ def load(
     bfloat16 where there is a GPU, else cpu and float32. ``quantize="nf4"`` stores the linears of all layers in 4 bits
     (double quantised, part by part, so that each is what bitsandbytes would make of it); embedding, head and norms stay
     ``dtype``.
-    Raises ValueError for a config field that no one handles, and for tensors that are missing, left over or misshapen;
+    Raises ValueError for a config field that no one handles, for tensors that are missing, left over or misshapen, and
+    for a device that is not there;
     NotImplementedError for weights that are stored quantised (bitsandbytes, GPTQ, FP8, ...), other than in GGUF.
     """
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"load: quantize is {quantize!r}, expected one of {QUANTIZATIONS}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"load: device is {str(device)!r}, expected cuda, cuda:<number> or cpu")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"load: device is {str(device)!r}, but PyTorch sees {count} CUDA devices")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise ValueError(f"load: dtype is {dtype}, expected bfloat16, float16 or float32")
