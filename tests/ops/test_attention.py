@@ -339,6 +339,16 @@ def test_bad_input(change, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("change, message", [case for case in BAD if set(case[0]) <= {"window", "softcap"}])
+def test_the_reference_refuses_what_means_nothing(change, message):
+    q, k = torch.zeros(Q, device=DEVICE), torch.zeros(K_, device=DEVICE)
+    with backend.using("reference"), pytest.raises(ValueError) as error:
+        attention(q, k, k, S1, S1, **change)
+    assert str(error.value) == message
+    with backend.using("reference"), pytest.raises(ValueError, match="4 query heads, expected a multiple of the 3"):
+        attention(q, *[torch.zeros(Q[0], 3, Q[2], device=DEVICE)] * 2, S1, S1)
+
+
 @given(st.integers(0, 9), st.integers(0, 9), st.booleans(), st.sampled_from((None, 1, 4)))
 def test_cost_counts_visible_pairs(queries, keys, causal, window):
     pairs = int(visible([(0, queries)], [(0, keys)], queries, keys, causal, window).sum())

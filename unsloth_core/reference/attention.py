@@ -23,8 +23,16 @@ def attention(
     """``o_NHK`` in q's dtype, and ``lse_NH`` in (at least) fp32 if asked; see
     :mod:`unsloth_core.ops.attention`.
 
-    Memory is O(H·N·M). Gradients come from autograd and are zero, never NaN, for rows that see nothing.
+    Memory is O(H·N·M). Gradients come from autograd and are zero, never NaN, for rows that see nothing. Raises
+    ValueError for heads that do not share keys evenly, and for a window or cap that means nothing.
     """
+    if k_MGK.shape[1] == 0 or q_NHK.shape[1] % k_MGK.shape[1]:
+        heads, kv_heads = q_NHK.shape[1], k_MGK.shape[1]
+        raise ValueError(f"attention: {heads} query heads, expected a multiple of the {kv_heads} key heads")
+    if window is not None and not (isinstance(window, int) and 1 <= window < 2**30):
+        raise ValueError(f"attention: window is {window}, expected an integer, at least 1 and below 2**30")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attention: softcap is {softcap}, expected a positive number")
     wide = torch.promote_types(q_NHK.dtype, torch.float32)
     groups, size = k_MGK.shape[1], q_NHK.shape[2]
     # The scale goes on q: on a CPU a pass over the scores costs as much as a product.

@@ -18,8 +18,23 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Losses (N,) in fp32 (float64 for float64 logits): 0 where ignored, NaN for a target outside [0, V)."""
-    V = logits_NV.shape[1]
+    """Losses (N,) in fp32 (float64 for float64 logits): 0 where ignored, NaN for a target outside [0, V).
+
+    Raises ValueError where PyTorch would broadcast, round targets, or take an option that means nothing.
+    """
+    if logits_NV.ndim != 2 or logits_NV.shape[1] == 0:
+        raise ValueError(f"cross_entropy: logits has shape {tuple(logits_NV.shape)}, expected (N, V) with V > 0")
+    N, V = logits_NV.shape
+    if targets_N.shape != (N,):
+        raise ValueError(f"cross_entropy: targets has shape {tuple(targets_N.shape)}, expected (N,) = ({N},)")
+    if targets_N.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"cross_entropy: targets has dtype {targets_N.dtype}, expected torch.int64 or torch.int32")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"cross_entropy: label_smoothing is {label_smoothing}, expected 0 to 1")
+    if not z_loss >= 0.0:
+        raise ValueError(f"cross_entropy: z_loss is {z_loss}, expected 0 or more")
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"cross_entropy: softcap is {softcap}, expected a positive number or None")
     z = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
