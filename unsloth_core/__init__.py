@@ -14,6 +14,7 @@ from .autodiff import RECOMPUTE, SAVE, remat, residual_report, value_and_grad, v
 from .backend import using
 from .generate import generate
 from .load import load
+from .segments import Segments
 from .train import finetune
 from .tree import ABSENT
 
@@ -23,6 +24,7 @@ __all__ = [
     "ABSENT",
     "RECOMPUTE",
     "SAVE",
+    "Segments",
     "__version__",
     "data",
     "finetune",

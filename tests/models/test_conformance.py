@@ -84,7 +84,7 @@ def test_logits_and_every_gradient(version, name):
 def test_llama_of_any_shape(kv_heads, groups, head_dim, tied, bias, rope, vocab):
     scaling = {"rope_type": rope, "rope_theta": 10000.0, **({} if rope == "default" else {"factor": 2.0})}
     hf = judge(
-        "llama", num_attention_heads=kv_heads * groups, num_key_value_heads=kv_heads, head_dim=head_dim, hidden_size=40,
+        "llama", num_attention_heads=kv_heads * groups, num_key_value_heads=kv_heads, head_dim=head_dim, hidden_size=36,
         tie_word_embeddings=tied, attention_bias=bias, mlp_bias=bias, rope_parameters=scaling, vocab_size=vocab,
     )  # fmt: skip
     assert_conforms(hf, "reference")
