@@ -161,7 +161,7 @@ def test_interrupted_before_the_first_checkpoint(model, examples, tmp_path, monk
 def test_killed_run_goes_on_to_the_same_bits(model, examples, tmp_path):
     run = ["finetune", model, examples, "--device", "cpu", *SMALL, "--steps", "40", "--save-every", "1"]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     command = [sys.executable, "-m", "unsloth_core", *run, "--output", str(tmp_path / "killed")]
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -336,7 +336,7 @@ def test_importing_is_light():
         "with contextlib.suppress(SystemExit): runpy.run_module('unsloth_core', run_name='__main__')\n"
         "print(sorted({'matplotlib', 'transformers', 'peft', 'pandas'} & sys.modules.keys()))"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert "finetune" in done.stdout and "generate" in done.stdout and done.stdout.endswith("[]\n")
 

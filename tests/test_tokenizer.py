@@ -9,6 +9,7 @@ from collections import Counter
 import jinja2
 import pytest
 import tokenizers
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -342,6 +343,17 @@ TALKS = {
 }
 
 
+# What transformers 5.23 does to messages before it renders them; 5.17 rendered them as they came.
+JUDGE_TIDIES = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
+
+
+def tidied(message):
+    message = {key: value for key, value in message.items() if value is not None}
+    if "reasoning" in message:
+        message = {"thinking": message["reasoning"], **message, "reasoning_content": message["reasoning"]}
+    return message
+
+
 def with_template(template, **more):
     return Tokenizer(byte_level(), special=NAMES, templates={"default": template, **more}, source="here")
 
@@ -354,8 +366,9 @@ def test_rendered_as_transformers_does(pair, name):
     )
     for talk, tools, options in cases:
         options = {**options, "tools": tools}
+        given = talk if JUDGE_TIDIES else [tidied(message) for message in talk]
         try:
-            expected = theirs.apply_chat_template(talk, chat_template=TEMPLATES[name], tokenize=False, **options)
+            expected = theirs.apply_chat_template(given, chat_template=TEMPLATES[name], tokenize=False, **options)
         except (jinja2.TemplateError, TypeError):
             with pytest.raises(ValueError, match="chat template failed"):
                 ours.apply_chat_template(talk, **options)

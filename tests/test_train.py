@@ -344,7 +344,7 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
     arguments = json.dumps([folder, str(killed), str(DEVICE), BACKEND, RUN, rows()])
     process = subprocess.run(
         [sys.executable, "-c", SCRIPT, arguments], cwd=Path(__file__).parents[1], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": "."},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path])},
     )  # fmt: skip
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert len(rows_of(killed)) == 5 and not (killed / "adapter_config.json").exists()  # in the evaluation of step 6
