@@ -1,7 +1,8 @@
-"""The command line: ``unsloth-core finetune`` trains adapters, ``unsloth-core generate`` talks to a model.
+"""The command line: ``unsloth-core finetune`` trains adapters, ``generate`` talks to a model, ``ops`` lists kernels.
 
-A thin layer over ``uc.finetune`` and ``uc.generate``. Its own decisions: the options of a run are the fields of
-:class:`~unsloth_core.train.Options`; whatever is wrong with input or machine is one line on stderr and exit code 1.
+A thin layer over ``uc.finetune``, ``uc.generate`` and the catalogue of ops. Its own decisions: the options of a run are
+the fields of :class:`~unsloth_core.train.Options`; whatever is wrong with input or machine is one line on stderr and
+exit code 1.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import torch
 import typer
 
-from . import __version__, checkpoint, lora, random, tree
+from . import __version__, catalogue, checkpoint, lora, random, tree
 from .data import read_examples
 from .generate import Prompt, stream
 from .load import load
@@ -264,6 +265,24 @@ def generate(
         except KeyboardInterrupt:
             typer.echo()
             raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+def ops(
+    op: Annotated[str | None, typer.Argument(help="Show the whole contract of this one.", metavar="NAME")] = None,
+    *,
+    debug: DebugOption = False,
+) -> None:
+    """List the kernels: formula, what is kept for backward, bytes and operations, and measured speed.
+
+    \b
+    Example:
+      unsloth-core ops
+      unsloth-core ops rms_norm
+    """
+    with _one_line_errors(debug):
+        rows = catalogue.read_records()
+        typer.echo(catalogue.table(rows) if op is None else catalogue.contract(op, rows))
 
 
 def _on_a_terminal() -> bool:
