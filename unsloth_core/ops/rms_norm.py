@@ -44,8 +44,8 @@ from .language import cast
 _CASTING_MODES = ("llama", "gemma")
 MAX_ROWS = 2**30  # row numbers are int32 in the kernels; offsets are int64
 _FORWARD_BYTES = 65536  # of a row of x that one program keeps in registers
-_BACKWARD_WIDTH = 16384  # channels: x and dy share the registers,
-_FUSED_WIDTH = 8192  # and here the running dw too
+BACKWARD_WIDTH = 16384  # channels: x and dy share the registers,
+FUSED_WIDTH = 8192  # and here the running dw too
 _STAGED_BYTES = 49152  # of shared memory for the tiles that backward loads ahead
 _WALK = 4096  # block in which longer rows are walked
 
@@ -301,19 +301,19 @@ def whole_rows(D: int) -> tuple[int, int, int]:
 
 
 @functools.cache
-def _column_tile(D: int, narrowest: int) -> tuple[int, int]:
+def column_tile(D: int, narrowest: int) -> tuple[int, int]:
     """(rows, columns) of a tile of kernels that add up columns: narrow enough for many programs across."""
     block = min(512, max(narrowest, next_power_of_2(D) // 128))
     return 4096 // block, block
 
 
-def _partial_rows(x: Tensor, rows: int, ROWS: int, programs_per_sm: int) -> Tensor:
+def partial_rows(x: Tensor, rows: int, ROWS: int, programs_per_sm: int) -> Tensor:
     """Where programs leave their sums for dw, one row each; four tiles per program keep it small beside x."""
     programs = min(cdiv(rows, 4 * ROWS), programs_per_sm * sms(x.device))
     return torch.empty((programs, x.shape[-1]), dtype=torch.float32, device=x.device)
 
 
-def _stages(tile_bytes: int) -> int:
+def stages(tile_bytes: int) -> int:
     """Tiles of the loop in flight: up to two are loaded ahead, within the shared memory of any GPU."""
     return 1 + min(2, _STAGED_BYTES // tile_bytes)
 
@@ -321,28 +321,48 @@ def _stages(tile_bytes: int) -> int:
 # ---------------------------------------------------------------------------- rules
 
 
-def check_norm(op: str, x: Tensor, w: Tensor, casting_mode: str, name: str = "", like_x: Any = ABSENT) -> None:
-    """Raises ValueError unless x is (..., D), w is (D,), and ``like_x``, the argument ``name``, is like x."""
+def check_rows(op: str, x: Tensor, name: str = "", like_x: Any = ABSENT) -> None:
+    """Raises ValueError unless x is (..., D) and ``like_x``, the argument ``name``, is like x."""
     shape, dtype, device = x.shape, x.dtype, x.device
     if not shape or shape[-1] == 0:
         raise ValueError(f"{op}: x has shape {tuple(shape)}, expected (..., D) with D >= 1")
-    D = shape[-1]
-    if w.shape != (D,):
-        raise ValueError(f"{op}: w has shape {tuple(w.shape)}, expected (D,) = ({D},)")
-    if not w.is_contiguous():
-        raise ValueError(f"{op}: w has stride {w.stride(0)}, expected 1")
     check_dtype(op, "x", x)
-    check_dtype(op, "w", w)
-    check_device(op, "w", w, "x", device)
     if like_x is not ABSENT:
         if like_x.shape != shape or like_x.dtype != dtype:
             got = f"{tuple(like_x.shape)} {like_x.dtype}"
             raise ValueError(f"{op}: {name} is {got}, expected x's {tuple(shape)} {dtype}")
         check_device(op, name, like_x, "x", device)
+    if x.numel() // shape[-1] >= MAX_ROWS:
+        raise NotImplementedError(f"{op}: x has {x.numel() // shape[-1]} rows, expected fewer than {MAX_ROWS}")
+
+
+def check_channels(op: str, name: str, w: Tensor, x: Tensor) -> None:
+    """Raises ValueError unless ``w``, the argument ``name``, has one number for each channel of x (..., D)."""
+    D = x.shape[-1]
+    if w.shape != (D,):
+        raise ValueError(f"{op}: {name} has shape {tuple(w.shape)}, expected (D,) = ({D},)")
+    if not w.is_contiguous():
+        raise ValueError(f"{op}: {name} has stride {w.stride(0)}, expected 1")
+    check_dtype(op, name, w)
+    check_device(op, name, w, "x", x.device)
+
+
+def check_norm(op: str, x: Tensor, w: Tensor, casting_mode: str, name: str = "", like_x: Any = ABSENT) -> None:
+    """Raises ValueError unless x is (..., D), w is (D,), and ``like_x``, the argument ``name``, is like x."""
+    check_rows(op, x, name, like_x)
+    check_channels(op, "w", w, x)
     if casting_mode not in _CASTING_MODES:
         raise ValueError(f"{op}: casting_mode is {casting_mode!r}, expected one of {_CASTING_MODES}")
-    if x.numel() // D >= MAX_ROWS:
-        raise NotImplementedError(f"{op}: x has {x.numel() // D} rows, expected fewer than {MAX_ROWS}")
+
+
+def sum_partials(partial: Tensor, out: Tensor) -> None:
+    """Fill ``out`` (D,) with the sum of the fp32 rows of ``partial`` (P, D)."""
+    P, D = partial.shape
+    ROWS, BLOCK = column_tile(D, narrowest=32)
+    launch(
+        _sum_partials, (cdiv(D, BLOCK),), partial, out, P, D,
+        ROWS=ROWS, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def norm_backward(
@@ -359,32 +379,28 @@ def norm_backward(
     (dy, *extra), inner, strides = cotangent_row_strides(x, dy, *extra)
     x_rows, dy_rows = strides[0], (*strides[1], dy.stride(-1))
     dh, dh_rows = (extra[0], (*strides[2], extra[0].stride(-1))) if extra else (None, (0, 0, 1))
-    fused, partial = needs_x and needs_w and D <= _FUSED_WIDTH, None
+    fused, partial = needs_x and needs_w and D <= FUSED_WIDTH, None
     if fused:
         ROWS, BLOCK, warps = whole_rows(D)
         warps = max(8, warps)
-        partial = _partial_rows(x, rows, ROWS, programs_per_sm=16 // warps)
+        partial = partial_rows(x, rows, ROWS, programs_per_sm=16 // warps)
         launch(
             _backward, (partial.shape[0],), x, w, rstd, dy, dh, dx, partial,
             rows, D, inner, *x_rows, *dy_rows, *dh_rows, offset=offset, ROWS=ROWS, BLOCK=BLOCK,
-            STAGES=_stages(ROWS * BLOCK * sum(t.element_size() for t in (x, dy, *extra))),
+            STAGES=stages(ROWS * BLOCK * sum(t.element_size() for t in (x, dy, *extra))),
             num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     elif needs_w:
-        ROWS, BLOCK = _column_tile(D, narrowest=128)
+        ROWS, BLOCK = column_tile(D, narrowest=128)
         columns = cdiv(D, BLOCK)
-        partial = _partial_rows(x, rows, ROWS, programs_per_sm=cdiv(8, columns))
+        partial = partial_rows(x, rows, ROWS, programs_per_sm=cdiv(8, columns))
         launch(
             _weight_partials, (columns, partial.shape[0]), x, rstd, dy, partial,
             rows, D, inner, *x_rows, *dy_rows, ROWS=ROWS, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     if partial is not None:
-        ROWS, BLOCK = _column_tile(D, narrowest=32)
-        launch(
-            _sum_partials, (cdiv(D, BLOCK),), partial, dw, partial.shape[0], D,
-            ROWS=ROWS, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-    if needs_x and not fused and D <= _BACKWARD_WIDTH:
+        sum_partials(partial, dw)
+    if needs_x and not fused and D <= BACKWARD_WIDTH:
         ROWS, BLOCK, warps = whole_rows(D)
         launch(
             _backward, (cdiv(rows, ROWS),), x, w, rstd, dy, dh, dx, None,
