@@ -11,7 +11,7 @@ from unsloth_core.autodiff import vjp
 from unsloth_core.ops.glu import cost, glu
 from unsloth_core.reference.glu import glu as reference
 
-ACTS = ["silu", "gelu_tanh", "gelu_erf"]
+ACTS = ["silu", "gelu_tanh", "gelu_erf", "relu2"]
 
 
 @given(
@@ -42,7 +42,7 @@ def test_slice_of_a_product():
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of the interpreter: 2^-inf is what is meant
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("act", ["silu", "gelu_tanh", "gelu_erf"])
 def test_large_gates(act):
     """Far out the activation is a or 0, its slope 1 or 0, and nothing overflows on the way."""
     gate = torch.tensor([-1e18, -1e10, -1e4, -200.0, 0.0, 200.0, 1e4, 1e10, 1e18], device=DEVICE)
@@ -53,6 +53,19 @@ def test_large_gates(act):
     assert torch.equal(y[:, 0], gate.clamp(min=0))
     assert torch.equal(d[:, 1], gate.clamp(min=0))
     assert torch.equal(d[:, 0], torch.where(gate == 0, 0.5, (gate > 0).float()))
+
+
+def test_squared_relu_is_pytorchs():
+    """To the bit, gradients too, at zeros of both signs, infinities and NaN."""
+    gate = torch.tensor([-float("inf"), -3.0, -0.0, 0.0, 1e-30, 1.5, 1e18, float("inf"), float("nan")], device=DEVICE)
+    x, dy = torch.stack([gate, torch.full_like(gate, 0.75)], dim=-1), rand((9, 1), seed=0)
+    got = []
+    for name in backend.NAMES:
+        with backend.using(name):
+            y, pullback = vjp(lambda x: glu(x, act="relu2"), x)
+            got.append((y, *pullback(dy)))
+    for ours, theirs in zip(*got):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
@@ -103,7 +116,7 @@ def test_refusals():
     refuses(ValueError, "glu: gate_up has shape (), expected (..., 2F) with F >= 1", x[0, 0])
     wanted = "expected float16, bfloat16 or float32"
     refuses(ValueError, f"glu: gate_up has dtype torch.float64, {wanted}", x.double())
-    acts = "expected one of ('silu', 'gelu_tanh', 'gelu_erf')"
+    acts = "expected one of ('silu', 'gelu_tanh', 'gelu_erf', 'relu2')"
     refuses(ValueError, f"glu: act is 'gelu', {acts}", x, act="gelu")
     refuses(ValueError, "glu: gate_up has strides (1, 6), expected a last stride of 1", rand((2, 6), seed=0).T)
     rows = torch.empty((1, 2), device=DEVICE).expand(2**30, 2)

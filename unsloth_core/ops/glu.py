@@ -1,4 +1,4 @@
-"""Gated linear unit: the activation of the gate times the up projection (SwiGLU, GeGLU).
+"""Gated linear unit: the activation of the gate times the up projection (SwiGLU, GeGLU, squared ReLU).
 
 Formula, with a and b the first and last F columns of ``gate_up`` (..., 2F):
 
@@ -9,6 +9,7 @@ Backward:
     silu        act(a) = a·σ(a)                               act'(a) = σ + a·σ·(1 - σ)
     gelu_tanh   act(a) = a·σ(2u), u = √(2/π)(a + 0.044715a³)  act'(a) = σ + a·σ·(1 - σ)·2u'(a), σ at 2u
     gelu_erf    act(a) = a·Φ(a), Φ = ½(1 + erf(a/√2))         act'(a) = Φ + a·exp(-a²/2)/√(2π)
+    relu2       act(a) = max(a, 0)²                           act'(a) = 2·max(a, 0)
 
 ½(1 + tanh u) is written σ(2u): the same function, without the cancellation at negative a.
 Residuals: gate_up (an argument), nothing else; the activation is computed again.
@@ -21,8 +22,8 @@ address; fewer than 2^30 rows. A cotangent that two strides and a column stride 
 No reduction, so there is no order to fix. A program takes a tile of at most 1024 columns of one or several
 rows, not whole rows: F = 11008 would leave a third of a padded row idle.
 
-Sources of ideas: Shazeer, GLU Variants Improve Transformer (arXiv 2002.05202); recomputing the activation in
-backward, Liger Kernel.
+Sources of ideas: Shazeer, GLU Variants Improve Transformer (arXiv 2002.05202); the squared ReLU, So et al., Primer
+(arXiv 2109.08668); recomputing the activation in backward, Liger Kernel.
 """
 
 import functools
@@ -42,7 +43,7 @@ from .checks import check_dtype
 from .language import cast
 from .rms_norm import MAX_ROWS, check_row_strides, cotangent_row_strides, row_offset
 
-_ACTS = ("silu", "gelu_tanh", "gelu_erf")
+_ACTS = ("silu", "gelu_tanh", "gelu_erf", "relu2")
 _TILE = 2048  # elements of y per program
 
 # In kernels these stand right of their tensor: the interpreter cannot multiply the other way round.
@@ -68,17 +69,19 @@ def _sigmoid(z):
 
 @triton.jit
 def _activation(a, ACT: tl.constexpr):
-    """g with act(a) = a·g, and act'(a)."""
+    """act(a) and act'(a)."""
     if ACT == "silu":
         g, spread = _sigmoid(a * _LOG2E)
-        slope = g + a * spread
+        return a * g, g + a * spread
     elif ACT == "gelu_tanh":
         g, spread = _sigmoid(a * (a * a * _U3_LOG2E + _U1_LOG2E))
-        slope = g + a * spread * (a * a * _DU3 + _U1)
-    else:
+        return a * g, g + a * spread * (a * a * _DU3 + _U1)
+    elif ACT == "gelu_erf":
         g = 0.5 + 0.5 * tl.erf(a * _SQRT_HALF)
-        slope = g + a * tl.exp2(-a * a * _HALF_LOG2E) * _RSQRT_2PI
-    return g, slope
+        return a * g, g + a * tl.exp2(-a * a * _HALF_LOG2E) * _RSQRT_2PI
+    else:
+        positive = tl.where(a < 0.0, 0.0, a)  # tl.maximum would drop a NaN
+        return positive * positive, 2.0 * positive
 
 
 @triton.jit
@@ -99,9 +102,8 @@ def _forward(
     gate_ptr = gate_up_ptr + row_offset(row, inner, outer_stride, inner_stride) + col
     a = tl.load(gate_ptr, inside, other=0.0).to(tl.float32)
     b = tl.load(gate_ptr + F, inside, other=0.0).to(tl.float32)
-    g, _ = _activation(a, ACT)
-    y = a * g * b
-    tl.store(y_ptr + row.to(tl.int64) * F + col, cast(y, y_ptr.dtype.element_ty), inside)
+    activated, _ = _activation(a, ACT)
+    tl.store(y_ptr + row.to(tl.int64) * F + col, cast(activated * b, y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -115,10 +117,10 @@ def _backward(
     b = tl.load(gate_ptr + F, inside, other=0.0).to(tl.float32)
     dy_offset = row_offset(row, inner, dy_outer, dy_inner) + col.to(tl.int64) * dy_col
     dy = tl.load(dy_ptr + dy_offset, inside, other=0.0).to(tl.float32)
-    g, slope = _activation(a, ACT)
+    activated, slope = _activation(a, ACT)
     d_gate_ptr = d_ptr + row.to(tl.int64) * 2 * F + col
     tl.store(d_gate_ptr, cast(dy * b * slope, d_ptr.dtype.element_ty), inside)
-    tl.store(d_gate_ptr + F, cast(dy * (a * g), d_ptr.dtype.element_ty), inside)
+    tl.store(d_gate_ptr + F, cast(dy * activated, d_ptr.dtype.element_ty), inside)
 
 
 @functools.cache
@@ -135,7 +137,7 @@ def _tile_shape(F: int) -> tuple[int, int]:
 def glu_fwd(gate_up: Tensor, *, needs: Any, act: str = "silu") -> tuple[Tensor, tuple[Any]]:
     """gate_up (..., 2F), gate first -> y (..., F) in its dtype, new and contiguous.
 
-    ``act`` "silu", "gelu_tanh" or "gelu_erf". Raises ValueError for other shapes, dtypes, strides or activations,
+    ``act`` "silu", "gelu_tanh", "gelu_erf" or "relu2". Raises ValueError for other shapes, dtypes, strides or activations,
     NotImplementedError for 2^30 rows or more.
     """
     if gate_up.ndim == 0 or gate_up.shape[-1] == 0 or gate_up.shape[-1] % 2:
