@@ -5,6 +5,7 @@
 #   make gpu          the same suite compiled on a CUDA machine, with the packages that Python already has
 #   make notebooks    execute notebooks/*.py into .ipynb
 #   make perf         measure every op on a CUDA machine; ARGS=--smoke tries the code without one
+#   make plots        draw perf/records/ops.jsonl into docs/
 # PYTHON names the interpreter that .venv is made from; ARGS is passed on: make test ARGS="-k rms_norm -x"
 
 SHELL := /bin/bash
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 ARGS ?=
 
-.PHONY: quickstart test check gpu notebooks perf
+.PHONY: quickstart test check gpu notebooks perf plots
 .DEFAULT_GOAL := check
 
 quickstart: $(VENV)/.installed
@@ -48,6 +49,9 @@ notebooks: $(VENV)/.installed-notebooks
 
 perf:
 	$(PYTHON) perf/run.py $(ARGS)
+
+plots: $(VENV)/.installed
+	$(BIN)/python perf/plot.py $(ARGS)
 
 # A real pretrained model, for the tests that read one; where it cannot be had they are skipped, and say so.
 $(VENV)/.model: $(VENV)/.installed-test
