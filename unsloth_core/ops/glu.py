@@ -137,8 +137,8 @@ def _tile_shape(F: int) -> tuple[int, int]:
 def glu_fwd(gate_up: Tensor, *, needs: Any, act: str = "silu") -> tuple[Tensor, tuple[Any]]:
     """gate_up (..., 2F), gate first -> y (..., F) in its dtype, new and contiguous.
 
-    ``act`` "silu", "gelu_tanh", "gelu_erf" or "relu2". Raises ValueError for other shapes, dtypes, strides or activations,
-    NotImplementedError for 2^30 rows or more.
+    ``act`` "silu", "gelu_tanh", "gelu_erf" or "relu2". Raises ValueError for other shapes, dtypes, strides or
+    activations, NotImplementedError for 2^30 rows or more.
     """
     if gate_up.ndim == 0 or gate_up.shape[-1] == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"glu: gate_up has shape {tuple(gate_up.shape)}, expected (..., 2F) with F >= 1")
