@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oprule import ABSENT, DEVICE, DTYPES, check_op, rand
+from oprule import ABSENT, DEVICE, DTYPES, assert_both_refuse, check_op, rand
 
 import unsloth_core.backend as backend
 from unsloth_core.autodiff import vjp
-from unsloth_core.ops.rope import _tile, cost, rope
+from unsloth_core.ops.rope import cost, rope, tile
 from unsloth_core.reference.rope import rope as reference
 
 
@@ -61,7 +61,7 @@ def test_rule(N, heads, channels, dtypes, layouts, scale, seed):
 @pytest.mark.parametrize("H, G, K, J", [(32, 8, 128, 64), (71, 1, 64, 32), (24, 8, 128, 48), (3, 3, 512, 256)])
 def test_heads_of_real_models(H, G, K, J):
     """Llama, Falcon, Phi-4-mini and a wide head: several tiles of heads, a ragged one, a rest that passes through."""
-    N = 2 * _tile(H, G, J)[0] + 1
+    N = 2 * tile(H, G, J)[0] + 1
     q, k = rand((N, H, K), torch.bfloat16, seed=0), rand((N, G, K), torch.bfloat16, seed=1)
     check_op(rope, (q, k, *tables(N, J)), frozen=is_table)
 
@@ -157,9 +157,11 @@ X, TABLE = (2, 3, 8), (2, 4)
     ],
 )
 def test_bad_shapes(q, k, cos, sin, message):
+    args = [torch.zeros(shape, device=DEVICE) for shape in (q, k, cos, sin)]
     with backend.using("triton"), pytest.raises(ValueError) as error:
-        rope(*(torch.zeros(shape, device=DEVICE) for shape in (q, k, cos, sin)))
+        rope(*args)
     assert str(error.value) == message
+    assert_both_refuse(rope, *args)
 
 
 def test_bad_dtypes_and_gradients():
@@ -179,6 +181,14 @@ def test_bad_dtypes_and_gradients():
         assert str(unsupported.value) == "rope: no gradient for cos and sin; detach them"
 
 
+def test_reference_gives_angles_no_gradient():
+    q, k, cos, sin = (torch.ones(shape, device=DEVICE, requires_grad=True) for shape in (X, X, TABLE, TABLE))
+    with backend.using("reference"):
+        out, _ = rope(q, k, cos, sin)
+    gradients = torch.autograd.grad(out.sum(), (q, cos, sin), allow_unused=True)
+    assert [g is not None for g in gradients] == [True, False, False]
+
+
 def test_reference_agrees_with_transformers():
     """The oracle itself, against the function every Llama uses."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -192,9 +202,10 @@ def test_reference_agrees_with_transformers():
 @pytest.mark.parametrize("heads", [(32, 8), (9, 3), (71, 1), (1, 1), (0, 8), (8, 0), (0, 0)])
 def test_tile(heads):
     """Tiles fill the lanes of a program but for a quarter, whatever the head counts."""
-    tokens, block_h, block_j = _tile(*heads, 48)
+    tokens, block_h, block_j = tile(*heads, 48)
     assert tokens * block_h * block_j == 2048
     assert sum(-(-n // block_h) * block_h for n in heads) * 3 <= 4 * sum(heads)
+    assert tile(*heads, 300)[2] == 512 and tile(*heads, 300)[0] * tile(*heads, 300)[1] <= 4
 
 
 def test_cost():

@@ -21,6 +21,7 @@ load as whole vectors.
 Source of the idea: RoPE, Su et al. (arXiv 2104.09864), in the half-split form of GPT-NeoX.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -42,6 +43,29 @@ _PAIRS = 2048  # channel pairs in one tile: 16 a thread with 4 warps, two 16-byt
 
 
 @triton.jit
+def turned(a, b, cos, sin):
+    """The pair (a, b) turned by its angle; by the opposite one for -sin."""
+    return a * cos - b * sin, b * cos + a * sin
+
+
+@triton.jit
+def load_angles(
+    cos_ptr, sin_ptr, token, tokens, cos_token, cos_pair, sin_token, sin_pair, J: tl.constexpr, BLOCK_J: tl.constexpr
+):  # fmt: skip
+    """cos and sin (T, 1, BLOCK_J) of tokens (T, 1, 1) int64; 0 where there is none."""
+    pair = tl.arange(0, BLOCK_J)[None, None, :].to(tl.int64)
+    inside = (token < tokens) & (pair < J)
+    cos = tl.load(cos_ptr + token * cos_token + pair * cos_pair, inside, other=0.0)
+    return cos, tl.load(sin_ptr + token * sin_token + pair * sin_pair, inside, other=0.0)
+
+
+@triton.jit
+def head_numbers(first, BLOCK_H: tl.constexpr):
+    """The BLOCK_H heads from ``first`` on, (1, BLOCK_H, 1) int64."""
+    return (first + tl.arange(0, BLOCK_H))[None, :, None].to(tl.int64)
+
+
+@triton.jit
 def _turn_heads(
     x_ptr, y_ptr, x_token, x_head, x_channel, token, tokens, cos, sin,
     HEADS: tl.constexpr, K: tl.constexpr, J: tl.constexpr,
@@ -50,15 +74,16 @@ def _turn_heads(
     """All heads of a few tokens of q or of k; ``token`` (T, 1, 1) int64, ``cos``, ``sin`` (T, 1, BLOCK_J)."""
     pair = tl.arange(0, BLOCK_J)[None, None, :].to(tl.int64)
     for first in range(0, HEADS, BLOCK_H):
-        head = (first + tl.arange(0, BLOCK_H))[None, :, None].to(tl.int64)
+        head = head_numbers(first, BLOCK_H)
         x_row = x_ptr + token * x_token + head * x_head
         y_row = y_ptr + (token * HEADS + head) * K
         row_inside = (token < tokens) & (head < HEADS)
         inside = row_inside & (pair < J)
         a = tl.load(x_row + pair * x_channel, inside, other=0.0).to(tl.float32)
         b = tl.load(x_row + (pair + J) * x_channel, inside, other=0.0).to(tl.float32)
-        tl.store(y_row + pair, cast(a * cos - b * sin, y_ptr.dtype.element_ty), inside)
-        tl.store(y_row + (pair + J), cast(b * cos + a * sin, y_ptr.dtype.element_ty), inside)
+        a, b = turned(a, b, cos, sin)
+        tl.store(y_row + pair, cast(a, y_ptr.dtype.element_ty), inside)
+        tl.store(y_row + (pair + J), cast(b, y_ptr.dtype.element_ty), inside)
         if 2 * J < K:
             channel = 2 * J + tl.arange(0, BLOCK_REST)[None, None, :].to(tl.int64)
             rest_inside = row_inside & (channel < K)
@@ -74,10 +99,9 @@ def _turn(
 ):  # fmt: skip
     """BLOCK_T tokens with all their heads. A tensor that is not wanted is None."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
-    pair = tl.arange(0, BLOCK_J)[None, None, :].to(tl.int64)
-    inside = (token < tokens) & (pair < J)
-    cos = tl.load(cos_ptr + token * cos_token + pair * cos_pair, inside, other=0.0)
-    sin = tl.load(sin_ptr + token * sin_token + pair * sin_pair, inside, other=0.0)
+    cos, sin = load_angles(
+        cos_ptr, sin_ptr, token, tokens, cos_token, cos_pair, sin_token, sin_pair, J, BLOCK_J
+    )  # fmt: skip
     if BACKWARD:
         sin = -sin
     if q_ptr is not None:
@@ -92,11 +116,13 @@ def _turn(
         )  # fmt: skip
 
 
-def _tile(H: int, G: int, J: int) -> tuple[int, int, int]:
+@functools.cache
+def tile(H: int, G: int, J: int, pairs: int = _PAIRS) -> tuple[int, int, int]:
     """(tokens, heads, pairs) of a tile: the most heads that leave a quarter of the lanes idle or less."""
-    block_h = next(b for b in (8, 4, 2, 1) if 3 * b * (cdiv(H, b) + cdiv(G, b)) <= 4 * (H + G))
     block_j = next_power_of_2(J)
-    return max(1, _PAIRS // (block_h * block_j)), block_h, block_j
+    block_h = next(b for b in (8, 4, 2, 1) if 3 * b * (cdiv(H, b) + cdiv(G, b)) <= 4 * (H + G))
+    block_h = min(block_h, max(1, pairs // block_j))
+    return max(1, pairs // (block_h * block_j)), block_h, block_j
 
 
 def _launch(q: Any, k: Any, cos_NJ: Tensor, sin_NJ: Tensor, *, backward: bool) -> tuple[Any, Any]:
@@ -109,7 +135,7 @@ def _launch(q: Any, k: Any, cos_NJ: Tensor, sin_NJ: Tensor, *, backward: bool) -
     outs = [x if x is ABSENT else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     strides = [(0, 0, 0) if x is ABSENT else x.stride() for x in (q, k)]
     H, G = (0 if x is ABSENT else x.shape[1] for x in (q, k))
-    block_t, block_h, block_j = _tile(H, G, J)
+    block_t, block_h, block_j = tile(H, G, J)
     tensors = (None if x is ABSENT else x for x in (q, k))
     launch(
         _turn, (cdiv(N, block_t),),
@@ -124,23 +150,30 @@ def _launch(q: Any, k: Any, cos_NJ: Tensor, sin_NJ: Tensor, *, backward: bool) -
 # ------------------------------------------------------------------------------------------------------ rules
 
 
-def _check(q_NHK: Tensor, k_NGK: Tensor, cos_NJ: Tensor, sin_NJ: Tensor) -> None:
+def check_heads(op: str, q_NHK: Tensor, k_NGK: Tensor, cos_NJ: Tensor, sin_NJ: Tensor) -> None:
+    """Raises ValueError unless shapes, dtypes and devices are those of :func:`rope`."""
     for name, x, dims in (("q", q_NHK, "(N, H, K)"), ("k", k_NGK, "(N, G, K)")):
         if x.ndim != 3:
-            raise ValueError(f"rope: {name} has shape {tuple(x.shape)}, expected {dims}")
-        check_dtype("rope", name, x)
+            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {dims}")
+        check_dtype(op, name, x)
     N, _, K = q_NHK.shape
     if k_NGK.shape[0] != N or k_NGK.shape[2] != K:
-        raise ValueError(f"rope: k has shape {tuple(k_NGK.shape)}, expected (N, G, K) = ({N}, G, {K})")
+        raise ValueError(f"{op}: k has shape {tuple(k_NGK.shape)}, expected (N, G, K) = ({N}, G, {K})")
     for name, x in (("cos", cos_NJ), ("sin", sin_NJ)):
         if x.ndim != 2 or x.shape[0] != N or not 0 < 2 * x.shape[1] <= K:
-            raise ValueError(f"rope: {name} has shape {tuple(x.shape)}, expected (N, J) = ({N}, 1 to {K // 2})")
+            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected (N, J) = ({N}, 1 to {K // 2})")
         if x.dtype != torch.float32:
-            raise ValueError(f"rope: {name} has dtype {x.dtype}, expected float32")
+            raise ValueError(f"{op}: {name} has dtype {x.dtype}, expected float32")
     if sin_NJ.shape != cos_NJ.shape:
-        raise ValueError(f"rope: sin has shape {tuple(sin_NJ.shape)}, expected cos's {tuple(cos_NJ.shape)}")
+        raise ValueError(f"{op}: sin has shape {tuple(sin_NJ.shape)}, expected cos's {tuple(cos_NJ.shape)}")
     for name, x in (("k", k_NGK), ("cos", cos_NJ), ("sin", sin_NJ)):
-        check_device("rope", name, x, "q", q_NHK.device)
+        check_device(op, name, x, "q", q_NHK.device)
+
+
+def refuse_gradient_of_angles(op: str, cos: bool, sin: bool) -> None:
+    """Raises NotImplementedError if cos or sin want a gradient."""
+    if cos or sin:
+        raise NotImplementedError(f"{op}: no gradient for cos and sin; detach them")
 
 
 # --------------------------------------------------------------------------------------------------------- op
@@ -153,9 +186,8 @@ def rope_fwd(
 
     Raises ValueError for other shapes, dtypes or devices, NotImplementedError if cos or sin want a gradient.
     """
-    _check(q_NHK, k_NGK, cos_NJ, sin_NJ)
-    if needs[2] or needs[3]:
-        raise NotImplementedError("rope: no gradient for cos and sin; detach them")
+    check_heads("rope", q_NHK, k_NGK, cos_NJ, sin_NJ)
+    refuse_gradient_of_angles("rope", needs[2], needs[3])
     outs = _launch(q_NHK, k_NGK, cos_NJ, sin_NJ, backward=False)
     return outs, (cos_NJ, sin_NJ) if needs[0] or needs[1] else (ABSENT, ABSENT)
 
