@@ -9,7 +9,7 @@ if __name__ != "unsloth_core.models":
     raise ImportError(f"models: imported as {__name__!r}, expected 'unsloth_core.models'; import that")
 
 # model_type of config.json -> the family file that computes it.
-FAMILIES = {"llama": "llama"}
+FAMILIES = {"llama": "llama", "ministral": "mistral", "mistral": "mistral"}
 
 
 def family_of(config: dict[str, Any]) -> ModuleType:

@@ -1,7 +1,7 @@
 """Reading ``config.json`` strictly: every field is handled, known to be harmless, or refused by name."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Fields that say nothing about the function the model computes (quantization_config: about its storage, see load.py).
@@ -62,7 +62,40 @@ class ConfigReader:
         if value is not None and value not in allowed:
             raise ValueError(f"{self._where}: field {name!r} is {value!r}, supported: {list(allowed)}")
 
+    def kv_heads(self, heads: int, default: int) -> int:
+        """``num_key_value_heads``, each shared by equally many of ``heads``."""
+        kv_heads = self.size("num_key_value_heads", default)
+        if heads % kv_heads:
+            raise ValueError(f"{self._where}: {heads} heads cannot share {kv_heads} key/value heads")
+        return kv_heads
+
+    def window(self, default: Any = _REQUIRED) -> int | None:
+        """``sliding_window``, where null means none and only an absent field means the default."""
+        if "sliding_window" in self.raw and self.raw["sliding_window"] is None:
+            return self.take("sliding_window", None)
+        return self.size("sliding_window", default)
+
+    def windows(self, window: int | None, sliding: Sequence[bool]) -> tuple[int | None, ...]:
+        """Per layer, the window or None; ``sliding`` says which layers have one where ``layer_types`` does not."""
+        names = ("sliding_attention", "full_attention")
+        given = self.take("layer_types", [names[0] if slides else names[1] for slides in sliding])
+        if not isinstance(given, list) or len(given) != len(sliding) or not all(name in names for name in given):
+            expected = f"{len(sliding)} entries of {names}"
+            raise ValueError(f"{self._where}: field 'layer_types' is {given!r}, expected {expected}")
+        if window is None and names[0] in given:
+            raise ValueError(f"{self._where}: field 'layer_types' has sliding layers, but there is no sliding_window")
+        return tuple(window if name == names[0] else None for name in given)
+
     def finish(self) -> None:
         """Raises ValueError naming the fields that were neither read nor known to be harmless."""
         if unknown := sorted(set(self.raw) - self._taken):
             raise ValueError(f"{self._where}: fields that no one handles: {', '.join(unknown)}")
+
+
+def letters(config: Any) -> dict[str, int]:
+    """The letters of the weight declarations, for a decoder's config."""
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    return {
+        "D": config.hidden_size, "F": config.intermediate_size, "L": config.num_hidden_layers, "V": config.vocab_size,
+        "H": heads, "G": kv_heads, "K": size, "Q": heads * size, "R": kv_heads * size,
+    }  # fmt: skip

@@ -20,7 +20,7 @@ from unsloth_core.rotary import Rotary
 from unsloth_core.tree import ABSENT, leaf, pytree, static
 from unsloth_core.weights import Weight, blocks
 
-from .config import ConfigReader
+from .config import ConfigReader, letters
 from .decoder import AttentionSpec, split_heads
 
 # What the default policy keeps between forward and backward: the output of every product and of attention.
@@ -43,6 +43,7 @@ class Config:
     rotary: Rotary
     tie_word_embeddings: bool
     logit_softcap: None = None
+    has: None = None  # biases are seen by their presence
 
     @staticmethod
     def from_hf(raw: Mapping[str, Any]) -> "Config":
@@ -52,7 +53,7 @@ class Config:
         read.expect("attention_dropout", 0, 0.0)
         read.expect("rope_interleaved", False)
         for name in ("attention_bias", "mlp_bias"):
-            read.flag(name, False)  # biases are seen by their presence
+            read.flag(name, False)
         heads = read.size("num_attention_heads", 32)
         width = read.size("hidden_size", 4096)
         head_dim = read.size("head_dim", width // heads)
@@ -62,7 +63,7 @@ class Config:
             intermediate_size=read.size("intermediate_size", 11008),
             num_hidden_layers=read.size("num_hidden_layers", 32),
             num_attention_heads=heads,
-            num_key_value_heads=read.size("num_key_value_heads", heads),
+            num_key_value_heads=read.kv_heads(heads, heads),
             head_dim=head_dim,
             vocab_size=read.size("vocab_size", 32000),
             max_position_embeddings=positions,
@@ -71,18 +72,12 @@ class Config:
             tie_word_embeddings=read.flag("tie_word_embeddings", False),
         )
         read.finish()
-        if heads % config.num_key_value_heads:
-            raise ValueError(f"config.json: {heads} heads cannot share {config.num_key_value_heads} key/value heads")
         return config
 
     @property
     def dims(self) -> dict[str, int]:
         """The letters of the weight declarations."""
-        heads, kv_heads, size = self.num_attention_heads, self.num_key_value_heads, self.head_dim
-        return {
-            "D": self.hidden_size, "F": self.intermediate_size, "L": self.num_hidden_layers, "V": self.vocab_size,
-            "H": heads, "G": kv_heads, "K": size, "Q": heads * size, "R": kv_heads * size,
-        }  # fmt: skip
+        return letters(self)
 
 
 @pytree

@@ -39,6 +39,19 @@ VERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "r1-distill-llama": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "mistral-7b-v0.1": ("mistral", {"sliding_window": 4, "rms_norm_eps": 1e-5}),
+    "mistral-7b-v0.3": (
+        "mistral", {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    "mistral-nemo": (
+        "mistral",
+        {"sliding_window": None, "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    "ministral-8b": ("mistral", {"sliding_window": 5, "head_dim": 16, "num_key_value_heads": 1}),
+    "ministral": (
+        "ministral",
+        {"sliding_window": 3, "head_dim": 12, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
 }
 
 

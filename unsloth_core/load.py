@@ -1,5 +1,6 @@
 """From a Hub id, a folder or a GGUF file to a model and its weights, one tensor at a time, straight to its place."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def read_weights(
             f"{checkpoint.source}: config.json has a quantization_config ({method}), and quantised safetensors cannot "
             'be read; load the original 16-bit weights, with quantize="nf4" for 4 bits'
         )
-    declared = weights.declarations(cls, config.dims)
+    declared = declared_leaves(cls, config)
     _check_names(checkpoint, declared)
     names = set(checkpoint.names)
     total = sum(len(d.names) for d in declared if d.names[0] in names)
@@ -87,6 +88,15 @@ def read_weights(
             return stacked
 
         return weights.build(cls, config.dims, make, config=config)
+
+
+def declared_leaves(cls: type, config: Any) -> list[Declaration]:
+    """What a checkpoint of this config holds; ``config.has`` names the optional leaves of a layer (None: see there)."""
+    declared = weights.declarations(cls, config.dims)
+    if config.has is None:
+        return declared
+    in_layers = [d for d in declared if len(d.path) > 1 and (not d.optional or d.path[-1] in config.has)]
+    return [d for d in declared if len(d.path) == 1] + [dataclasses.replace(d, optional=False) for d in in_layers]
 
 
 def named_tensors(params: Any) -> dict[str, Tensor]:

@@ -37,33 +37,46 @@ def tokens(hf, batch=2, length=11, seed=3):
     return torch.randint(0, hf.config.vocab_size, (batch, length), generator=g).to(DEVICE)
 
 
-def hf_loss_and_grads(hf, ids):
+def judged(hf, ids):
+    """transformers' logits, loss and gradients by name, in one dictionary."""
     hf.zero_grad()
     logits = hf(ids).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
-    return logits.detach(), loss.detach(), {n: p.grad for n, p in hf.named_parameters()}
+    return {"logits": logits.detach(), "loss": loss.detach(), **{n: p.grad for n, p in hf.named_parameters()}}
+
+
+def spread_of_pytorch(hf, ids, truth):
+    """Each result in float32, by the worst of transformers' attention implementations and orders of the batch.
+
+    "PyTorch's own error" is one draw of a random number: on an H100 two differ by a factor of 3 in some tensor."""
+    draws = []
+    capped = getattr(hf.config, "attn_logit_softcapping", None) and hf.config.model_type == "gemma2"
+    for implementation in ("eager",) if capped else ("sdpa", "eager"):  # sdpa has no cap: it would leave it out
+        hf.set_attn_implementation(implementation)
+        other = judged(hf, ids.flip(0))
+        draws += [judged(hf, ids), {**other, "logits": other["logits"].flip(0)}]
+    return {key: max((draw[key] for draw in draws), key=lambda t: float((t - truth[key]).abs().max())) for key in truth}
 
 
 def assert_conforms(hf, name):
     ids = tokens(hf)
     model, params = ours(hf)
-    logits32, loss32, grads32 = hf_loss_and_grads(hf, ids)
-    logits64, loss64, grads64 = hf_loss_and_grads(copy.deepcopy(hf).double(), ids)
+    truth = judged(copy.deepcopy(hf).double(), ids)
+    same = spread_of_pytorch(hf, ids, truth)
     batch = from_tokens(ids.cpu(), vocab_size=hf.config.vocab_size).to(DEVICE)
     with backend.using(name):
-        assert_op_rule(model.logits(params, ids), logits32, logits64, "logits", FACTOR)
+        logits = model.logits(params, ids)
         (loss, _), grads = value_and_grad(lambda p: model.loss(p, batch), has_aux=True)(params)
-    assert_op_rule(loss, loss32, loss64, "loss", FACTOR)
-    named = named_tensors(grads)
-    assert set(named) == set(grads32)
-    for key, grad in named.items():
-        assert_op_rule(grad, grads32[key], grads64[key], f"gradient of {key}", FACTOR)
+    got = {"logits": logits, "loss": loss, **named_tensors(grads)}
+    assert got.keys() == same.keys()
+    for key, value in got.items():
+        assert_op_rule(value, same[key], truth[key], key, FACTOR)
 
 
-# Whole-model fp32 gradients are sums of thousands of roundings, compared by their worst element: on an H100 even plain
-# PyTorch in another order than transformers' (the reference backend) exceeded twice its error.
-FACTOR = 3.0
+# Whole-model fp32 gradients are sums of thousands of roundings, compared by their worst element. Over 40 models the
+# reference backend's error was that of PyTorch in transformers' order times 1.0 in the median, and 4.8 at most.
+FACTOR = 6.0
 
 
 @each_run
@@ -71,23 +84,34 @@ def test_logits_and_every_gradient(version, name):
     assert_conforms(make(version), name)
 
 
-@settings(max_examples=8)
-@given(
+# Shapes that every family has; 36 is a width that every number of heads divides.
+SHAPES = st.builds(
+    lambda kv_heads, groups, head_dim, tied, vocab: {
+        "num_attention_heads": kv_heads * groups, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+        "hidden_size": 36, "tie_word_embeddings": tied, "vocab_size": vocab,
+    },
     kv_heads=st.sampled_from([1, 2, 3]),
     groups=st.sampled_from([1, 2, 3]),
     head_dim=st.sampled_from([4, 6, 16, 20]),
     tied=st.booleans(),
-    bias=st.booleans(),
-    rope=st.sampled_from(["default", "linear", "dynamic"]),
     vocab=st.sampled_from([5, 97, 130]),
-)
-def test_llama_of_any_shape(kv_heads, groups, head_dim, tied, bias, rope, vocab):
+)  # fmt: skip
+LAYER_TYPES = st.lists(st.sampled_from(["sliding_attention", "full_attention"]), min_size=2, max_size=2)
+
+
+@settings(max_examples=8)
+@given(shapes=SHAPES, bias=st.booleans(), rope=st.sampled_from(["default", "linear", "dynamic"]))
+def test_llama_of_any_shape(shapes, bias, rope):
     scaling = {"rope_type": rope, "rope_theta": 10000.0, **({} if rope == "default" else {"factor": 2.0})}
-    hf = judge(
-        "llama", num_attention_heads=kv_heads * groups, num_key_value_heads=kv_heads, head_dim=head_dim, hidden_size=36,
-        tie_word_embeddings=tied, attention_bias=bias, mlp_bias=bias, rope_parameters=scaling, vocab_size=vocab,
-    )  # fmt: skip
+    hf = judge("llama", attention_bias=bias, mlp_bias=bias, rope_parameters=scaling, **shapes)
     assert_conforms(hf, "reference")
+
+
+@settings(max_examples=8)
+@given(shapes=SHAPES, window=st.sampled_from([None, 1, 3, 11, 60]), kinds=LAYER_TYPES)
+def test_mistral_of_any_shape(shapes, window, kinds):
+    layers = {"layer_types": kinds} if window else {}
+    assert_conforms(judge("ministral" if window else "mistral", sliding_window=window, **layers, **shapes), "reference")
 
 
 @each_run

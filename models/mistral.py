@@ -1,0 +1,139 @@
+"""Mistral 7B v0.1 to v0.3, Mistral Nemo, Mistral Small and Ministral 8B.
+
+What differs from Llama: a token may attend to no more than ``sliding_window`` tokens, itself included (7B v0.1 in all
+layers, Ministral where ``layer_types`` says so; the others have no window); the heads together need not be as wide as
+the stream (Nemo and Small: 4096 and 5120), so ``o`` is not square; no linear has a bias. Source: Jiang et al. 2023
+(arXiv 2310.06825); ``transformers``' modeling_mistral for the rounding.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from unsloth_core.ops.embedding import embedding
+from unsloth_core.ops.glu import glu
+from unsloth_core.ops.linear import linear
+from unsloth_core.ops.rms_norm import rms_norm
+from unsloth_core.ops.rope import rope
+from unsloth_core.rotary import Rotary
+from unsloth_core.tree import ABSENT, leaf, pytree, static
+from unsloth_core.weights import Weight, blocks
+
+from .config import ConfigReader, letters
+from .decoder import AttentionSpec, split_heads
+
+# What the default policy keeps between forward and backward: the output of every product and of attention.
+SAVED = ("qkv", "attn", "mid", "gate_up")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Shapes and constants, by their Hugging Face names; ``windows`` has one entry for each layer."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rotary: Rotary
+    windows: tuple[int | None, ...]
+    tie_word_embeddings: bool
+    logit_softcap: None = None
+    has: frozenset[str] = frozenset()
+
+    @staticmethod
+    def from_hf(raw: Mapping[str, Any]) -> "Config":
+        """From the content of ``config.json``. Raises ValueError naming a field that is missing, bad or not handled."""
+        read = ConfigReader(raw)
+        read.expect("hidden_act", "silu")
+        read.expect("attention_dropout", 0, 0.0)
+        layers = read.size("num_hidden_layers", 32)
+        window = read.window(4096)
+        windows = (window,) * layers
+        if raw.get("model_type") == "ministral":  # in "mistral" the field would say nothing: it stays unknown there
+            windows = read.windows(window, [window is not None] * layers)
+        heads = read.size("num_attention_heads", 32)
+        width = read.size("hidden_size", 4096)
+        head_dim = read.size("head_dim", width // heads)
+        positions = read.size("max_position_embeddings", 131072)
+        config = Config(
+            hidden_size=width,
+            intermediate_size=read.size("intermediate_size", 14336),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=read.kv_heads(heads, 8),
+            head_dim=head_dim,
+            vocab_size=read.size("vocab_size", 32000),
+            max_position_embeddings=positions,
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            rotary=Rotary.from_hf({**raw, "max_position_embeddings": positions}, head_dim=head_dim),
+            windows=windows,
+            tie_word_embeddings=read.flag("tie_word_embeddings", False),
+        )
+        read.finish()
+        return config
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The letters of the weight declarations."""
+        return letters(self)
+
+
+@pytree
+class Layer:
+    """The weights of one layer."""
+
+    norm1: Tensor = leaf("D", "input_layernorm.weight")
+    qkv: Weight = leaf("Q+2R D", "self_attn.{q,k,v}_proj.weight")
+    o: Weight = leaf("D Q", "self_attn.o_proj.weight")
+    norm2: Tensor = leaf("D", "post_attention_layernorm.weight")
+    gate_up: Weight = leaf("2F D", "mlp.{gate,up}_proj.weight")
+    down: Weight = leaf("D F", "mlp.down_proj.weight")
+
+
+@pytree
+class Weights:
+    """The weights of a model, with the config that gives them their shapes."""
+
+    embed: Tensor = leaf("V D", "model.embed_tokens.weight")
+    layers: tuple[Layer, ...] = blocks(Layer, "model.layers.{i}.")
+    norm: Tensor = leaf("D", "model.norm.weight")
+    head: Tensor = leaf("V D", "lm_head.weight", optional=True)  # ABSENT: tied to the embedding
+    config: Config = static()
+
+
+def spec(cfg: Config, i: int) -> AttentionSpec:
+    """How layer ``i`` attends."""
+    return AttentionSpec(scale=cfg.head_dim**-0.5, rope=cfg.rotary, window=cfg.windows[i])
+
+
+def embed(w: Weights, tokens_N: Tensor, cfg: Config) -> Tensor:
+    """Token ids to the residual stream."""
+    return embedding(tokens_N, w.embed)
+
+
+def pre(w: Layer, x_ND: Tensor, rot: tuple[Tensor, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Everything before attention; token-local."""
+    n_ND = rms_norm(x_ND, w.norm1, eps=cfg.rms_norm_eps, name="norm1")
+    q_NHK, k_NGK, v_NGK = split_heads(linear(n_ND, w.qkv, name="qkv"), cfg)
+    q_NHK, k_NGK = rope(q_NHK, k_NGK, *rot, name="rope")
+    return q_NHK, k_NGK, v_NGK
+
+
+def post(w: Layer, x_ND: Tensor, o_NHK: Tensor, cfg: Config) -> tuple[Tensor, Any]:
+    """Everything after attention; token-local. No statistics: the second value is ABSENT."""
+    mid_ND = linear(o_NHK.flatten(-2), w.o, add=x_ND, name="mid")
+    n_ND = rms_norm(mid_ND, w.norm2, eps=cfg.rms_norm_eps, name="norm2")
+    h_NF = glu(linear(n_ND, w.gate_up, name="gate_up"), act="silu", name="act")
+    return linear(h_NF, w.down, add=mid_ND, name="down"), ABSENT
+
+
+def final(w: Weights, x_ND: Tensor, cfg: Config) -> Tensor:
+    """The norm before the head."""
+    return rms_norm(x_ND, w.norm, eps=cfg.rms_norm_eps, name="norm")
