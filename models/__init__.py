@@ -9,7 +9,13 @@ if __name__ != "unsloth_core.models":
     raise ImportError(f"models: imported as {__name__!r}, expected 'unsloth_core.models'; import that")
 
 # model_type of config.json -> the family file that computes it.
-FAMILIES = {"llama": "llama", "ministral": "mistral", "mistral": "mistral"}
+FAMILIES = {
+    "llama": "llama",
+    "ministral": "mistral",
+    "mistral": "mistral",
+    "qwen2": "qwen",
+    "qwen3": "qwen",
+}
 
 
 def family_of(config: dict[str, Any]) -> ModuleType:

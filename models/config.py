@@ -35,11 +35,12 @@ class ConfigReader:
             return default
         return value
 
-    def size(self, name: str, default: Any = _REQUIRED) -> int:
-        """A positive integer field."""
+    def size(self, name: str, default: Any = _REQUIRED, *, least: int = 1) -> int:
+        """An integer field, positive unless ``least`` says otherwise."""
         value = self.take(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{self._where}: field {name!r} is {value!r}, expected a positive integer")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
+            raise ValueError(f"{self._where}: field {name!r} is {value!r}, expected {expected}")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:

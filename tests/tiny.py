@@ -52,6 +52,20 @@ VERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "ministral",
         {"sliding_window": 3, "head_dim": 12, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "qwen1.5": ("qwen2", {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2.5": ("qwen2", {"tie_word_embeddings": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen2.5-yarn": ("qwen2", {"rope_parameters": YARN}),
+    "r1-distill-qwen": ("qwen2", {"num_attention_heads": 6, "num_key_value_heads": 1}),
+    "qwen3": ("qwen3", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3-tied": ("qwen3", {"head_dim": 8, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen3-window": (
+        "qwen3",
+        {
+            "head_dim": 12, "use_sliding_window": True, "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
 }
 
 

@@ -114,6 +114,15 @@ def test_mistral_of_any_shape(shapes, window, kinds):
     assert_conforms(judge("ministral" if window else "mistral", sliding_window=window, **layers, **shapes), "reference")
 
 
+@settings(max_examples=12)
+@given(SHAPES, st.sampled_from(["qwen2", "qwen3"]), window=st.sampled_from([None, 1, 3, 60]), kinds=LAYER_TYPES)
+def test_qwen_of_any_shape(shapes, kind, window, kinds):
+    layers = {"use_sliding_window": True, "sliding_window": window, "layer_types": kinds} if window else {}
+    if kind == "qwen2":  # a head there is as wide as the stream divided by the heads
+        shapes = {**shapes, "hidden_size": shapes["head_dim"] * shapes["num_attention_heads"]}
+    assert_conforms(judge(kind, **layers, **shapes), "reference")
+
+
 @each_run
 def test_cached_decoding_equals_the_full_forward(version, name):
     hf = make(version)
