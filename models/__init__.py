@@ -13,6 +13,7 @@ FAMILIES = {
     "llama": "llama",
     "ministral": "mistral",
     "mistral": "mistral",
+    "phi3": "phi",
     "qwen2": "qwen",
     "qwen3": "qwen",
 }

@@ -70,9 +70,9 @@ class ConfigReader:
             raise ValueError(f"{self._where}: {heads} heads cannot share {kv_heads} key/value heads")
         return kv_heads
 
-    def window(self, default: Any = _REQUIRED) -> int | None:
+    def window(self, default: int | None) -> int | None:
         """``sliding_window``, where null means none and only an absent field means the default."""
-        if "sliding_window" in self.raw and self.raw["sliding_window"] is None:
+        if self.raw.get("sliding_window", default) is None:
             return self.take("sliding_window", None)
         return self.size("sliding_window", default)
 

@@ -32,7 +32,7 @@ SAVED = ("qkv", "attn", "mid", "gate_up")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Shapes and constants, by their Hugging Face names. ``windows``: one for each layer; ``has``: its optional leaves."""
+    """Shapes and constants, by their Hugging Face names. ``windows``: one a layer; ``has``: its optional leaves."""
 
     hidden_size: int
     intermediate_size: int

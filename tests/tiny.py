@@ -24,6 +24,15 @@ LLAMA3 = {
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
 
+
+
+def longrope(pairs: int, original: int = 32) -> dict[str, Any]:
+    """The rope fields of a long Phi whose first context was ``original``: a divisor for each of ``pairs``."""
+    lists = {"short_factor": [1.0 + i / 8 for i in range(pairs)], "long_factor": [2.0 + i for i in range(pairs)]}
+    fields = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": original, **lists}
+    return {"rope_parameters": fields, "original_max_position_embeddings": original}
+
+
 # name -> (model_type, what differs from BASE)
 VERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-2": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
@@ -57,6 +66,14 @@ VERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen2.5-yarn": ("qwen2", {"rope_parameters": YARN}),
     "r1-distill-qwen": ("qwen2", {"num_attention_heads": 6, "num_key_value_heads": 1}),
+    "phi-3-mini-4k": ("phi3", {"num_key_value_heads": 4, "sliding_window": 7}),
+    "phi-3.5-mini": ("phi3", {"num_key_value_heads": 4, "sliding_window": 60, **longrope(6)}),
+    "phi-3-medium": ("phi3", {"num_attention_heads": 8, "num_key_value_heads": 2}),
+    "phi-4": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 250000.0}}),
+    "phi-4-mini": (
+        "phi3",
+        {"hidden_size": 64, "partial_rotary_factor": 0.75, "tie_word_embeddings": True, **longrope(6)},
+    ),
     "qwen3": ("qwen3", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3-tied": ("qwen3", {"head_dim": 8, "num_key_value_heads": 1, "tie_word_embeddings": True}),
     "qwen3-window": (

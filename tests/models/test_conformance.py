@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oprule import DEVICE, assert_op_rule
 from safetensors.torch import save_file
-from tiny import VERSIONS, checkpoint_of, judge, ours
+from tiny import VERSIONS, checkpoint_of, judge, longrope, ours
 
 from unsloth_core import backend, hub, lora, random, tree
 from unsloth_core.autodiff import RECOMPUTE, SAVE, value_and_grad
@@ -115,12 +115,26 @@ def test_mistral_of_any_shape(shapes, window, kinds):
 
 
 @settings(max_examples=12)
-@given(SHAPES, st.sampled_from(["qwen2", "qwen3"]), window=st.sampled_from([None, 1, 3, 60]), kinds=LAYER_TYPES)
+@given(SHAPES, st.sampled_from(["qwen2", "qwen3"]), st.sampled_from([None, 1, 3, 60]), LAYER_TYPES)
 def test_qwen_of_any_shape(shapes, kind, window, kinds):
     layers = {"use_sliding_window": True, "sliding_window": window, "layer_types": kinds} if window else {}
     if kind == "qwen2":  # a head there is as wide as the stream divided by the heads
         shapes = {**shapes, "hidden_size": shapes["head_dim"] * shapes["num_attention_heads"]}
     assert_conforms(judge(kind, **layers, **shapes), "reference")
+
+
+@settings(max_examples=10)
+@given(
+    shapes=SHAPES,
+    window=st.sampled_from([None, 1, 3, 60]),
+    partial=st.sampled_from([0.5, 0.75, 1.0]),
+    original=st.sampled_from([None, 8, 32]),
+)
+def test_phi_of_any_shape(shapes, window, partial, original):
+    size = 8 * (shapes["head_dim"] // 8 + 1)  # whole pairs at 0.75
+    rope = {} if original is None else longrope(int(size * partial) // 2, original)  # a context of 8 is exceeded
+    shapes = {**shapes, "head_dim": size, "hidden_size": size * shapes["num_attention_heads"]}
+    assert_conforms(judge("phi3", sliding_window=window, partial_rotary_factor=partial, **rope, **shapes), "reference")
 
 
 @each_run
