@@ -50,6 +50,12 @@ class ConfigReader:
             raise ValueError(f"{self._where}: field {name!r} is {value!r}, expected a number above zero")
         return float(value)
 
+    def number_or_null(self, name: str, default: float | None) -> float | None:
+        """A number above zero, where null means none and only an absent field means the default."""
+        if self.raw.get(name, default) is None:
+            return self.take(name, None)
+        return self.number(name, default)
+
     def flag(self, name: str, default: Any = _REQUIRED) -> bool:
         """True or false."""
         value = self.take(name, default)

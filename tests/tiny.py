@@ -33,6 +33,14 @@ def longrope(pairs: int, original: int = 32) -> dict[str, Any]:
     return {"rope_parameters": fields, "original_max_position_embeddings": original}
 
 
+# Layers with a window and without; Gemma 3 has a rotation for either kind.
+MIXED = ["sliding_attention", "full_attention"]
+TWO_BASES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+}
+GEMMA3 = {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 3}
+
 # name -> (model_type, what differs from BASE)
 VERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-2": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
@@ -59,13 +67,24 @@ VERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral-8b": ("mistral", {"sliding_window": 5, "head_dim": 16, "num_key_value_heads": 1}),
     "ministral": (
         "ministral",
-        {"sliding_window": 3, "head_dim": 12, "layer_types": ["sliding_attention", "full_attention"]},
+        {"sliding_window": 3, "head_dim": 12, "layer_types": MIXED},
     ),
     "qwen1.5": ("qwen2", {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2.5": ("qwen2", {"tie_word_embeddings": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen2.5-yarn": ("qwen2", {"rope_parameters": YARN}),
     "r1-distill-qwen": ("qwen2", {"num_attention_heads": 6, "num_key_value_heads": 1}),
+    "gemma-2b": ("gemma", {"head_dim": 16, "num_key_value_heads": 1}),
+    "gemma-7b": ("gemma", {"head_dim": 20, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 4, "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": ("gemma3_text", {**GEMMA3, "layer_types": MIXED, "rope_parameters": TWO_BASES}),
+    "gemma3-270m": ("gemma3_text", {**GEMMA3, "num_key_value_heads": 1}),
     "phi-3-mini-4k": ("phi3", {"num_key_value_heads": 4, "sliding_window": 7}),
     "phi-3.5-mini": ("phi3", {"num_key_value_heads": 4, "sliding_window": 60, **longrope(6)}),
     "phi-3-medium": ("phi3", {"num_attention_heads": 8, "num_key_value_heads": 2}),
@@ -78,10 +97,7 @@ VERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-tied": ("qwen3", {"head_dim": 8, "num_key_value_heads": 1, "tie_word_embeddings": True}),
     "qwen3-window": (
         "qwen3",
-        {
-            "head_dim": 12, "use_sliding_window": True, "sliding_window": 3,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
+        {"head_dim": 12, "use_sliding_window": True, "sliding_window": 3, "layer_types": MIXED},
     ),
 }
 
@@ -116,7 +132,7 @@ def judge(model_type: str, seed: int = 0, **overrides: Any) -> transformers.PreT
     with torch.no_grad():
         for name, p in hf.named_parameters():
             if p.ndim == 1:
-                p.copy_(("norm" in name) + 0.3 * torch.randn(p.shape))
+                p.copy_(("norm" in name and "gemma" not in model_type) + 0.3 * torch.randn(p.shape))
     return hf.to(DEVICE).eval()
 
 

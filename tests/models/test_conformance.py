@@ -22,7 +22,8 @@ from unsloth_core.models.decoder import hidden, hidden_cached
 from unsloth_core.segments import Segments
 from unsloth_core.tree import ABSENT
 
-SAMPLE = ("smollm2", "llama-3.1", "llama-biases")  # walked through the interpreter too; the rest by the reference
+# Walked through the interpreter too; the rest by the reference.
+SAMPLE = ("smollm2", "llama-3.1", "llama-biases", "mistral-7b-v0.1", "qwen3", "phi-4-mini", "gemma2")
 RUNS = [(v, "reference") for v in VERSIONS] + [(v, "triton") for v in (VERSIONS if DEVICE.type == "cuda" else SAMPLE)]
 each_run = pytest.mark.parametrize(("version", "name"), RUNS, ids=lambda x: x)
 
@@ -51,8 +52,7 @@ def spread_of_pytorch(hf, ids, truth):
 
     "PyTorch's own error" is one draw of a random number: on an H100 two differ by a factor of 3 in some tensor."""
     draws = []
-    capped = getattr(hf.config, "attn_logit_softcapping", None) and hf.config.model_type == "gemma2"
-    for implementation in ("eager",) if capped else ("sdpa", "eager"):  # sdpa has no cap: it would leave it out
+    for implementation in ("eager",) if hf.config.model_type == "gemma2" else ("sdpa", "eager"):  # sdpa caps no scores
         hf.set_attn_implementation(implementation)
         other = judged(hf, ids.flip(0))
         draws += [judged(hf, ids), {**other, "logits": other["logits"].flip(0)}]
@@ -135,6 +135,22 @@ def test_phi_of_any_shape(shapes, window, partial, original):
     rope = {} if original is None else longrope(int(size * partial) // 2, original)  # a context of 8 is exceeded
     shapes = {**shapes, "head_dim": size, "hidden_size": size * shapes["num_attention_heads"]}
     assert_conforms(judge("phi3", sliding_window=window, partial_rotary_factor=partial, **rope, **shapes), "reference")
+
+
+@settings(max_examples=12)
+@given(
+    shapes=SHAPES,
+    kind=st.sampled_from(["gemma", "gemma2", "gemma3_text"]),
+    window=st.sampled_from([1, 3, 60]),
+    kinds=LAYER_TYPES,
+    caps=st.sampled_from([(None, None), (1.5, None), (None, 2.5), (0.5, 30.0)]),
+)
+def test_gemma_of_any_shape(shapes, kind, window, kinds, caps):
+    more = {}
+    if kind != "gemma":  # transformers refuses a width that the heads do not divide, though it never divides by them
+        more = {"sliding_window": window, "layer_types": kinds, "query_pre_attn_scalar": 10}
+        more |= {"final_logit_softcapping": caps[1]} | ({"attn_logit_softcapping": caps[0]} if kind == "gemma2" else {})
+    assert_conforms(judge(kind, **more, **shapes), "reference")
 
 
 @each_run
