@@ -47,6 +47,8 @@ def next_power_of_2(n: int) -> int:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """``kernel[grid](*args, **options)`` on the device of the first tensor argument; an empty grid launches nothing.
 
+    ``args`` are the kernel's first parameters, in order; ``options`` the others, all constexpr, and Triton's own.
+    Triton finds the compiled kernel of a call anew each time, in some 40 us of Python; here a dictionary does, in 5.
     Backward runs in threads of autograd's engine, where neither the user's current device nor Triton's allocator (a
     context variable, needed by tensor descriptors made on the device) is set: both are set here, at every launch.
     """
@@ -58,10 +60,54 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     device = next(a for a in args if isinstance(a, Tensor)).device
     triton.set_allocator(_allocate)
     if device.index == torch.cuda.current_device():
-        kernel[grid](*args, **options)
+        _launch(device.index, kernel, grid, args, options)
     else:
         with torch.cuda.device(device):
-            kernel[grid](*args, **options)
+            _launch(device.index, kernel, grid, args, options)
+
+
+def _launch(index: Any, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    runtime = _RUNTIME.get(id(kernel)) or _count_runtime_parameters(kernel)
+    key = (index, id(kernel), *_traits(args[:runtime]), *args[runtime:], *options.items())
+    found = _COMPILED.get(key)
+    hooks = triton.knobs.runtime
+    if found is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # profilers see every launch
+        compiled = kernel[grid](*args, **options)
+        _COMPILED[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(args) :])
+        return
+    compiled, constexprs = found
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = triton.runtime.driver.active.get_current_stream(index)
+    no_hooks = (None, None, None)
+    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, *no_hooks, *args, *constexprs)
+
+
+# (device, kernel, traits of the arguments, options) -> the compiled kernel, and its constexprs in order.
+_COMPILED: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+_RUNTIME: dict[int, int] = {}
+
+
+def _count_runtime_parameters(kernel: Any) -> int:
+    """Parameters before the first constexpr one."""
+    fixed = [p.is_constexpr for p in kernel.params]
+    count = _RUNTIME[id(kernel)] = fixed.index(True) if True in fixed else len(fixed)
+    assert all(fixed[count:]), f"{kernel.__name__}: constexpr parameters come last"
+    return count
+
+
+def _traits(args: tuple[Any, ...]) -> list[Any]:
+    """What Triton may compile differently for, of each argument: at least as fine as its own specialisation."""
+    found: list[Any] = []
+    for a in args:
+        if isinstance(a, Tensor):
+            found += (a.dtype, a.data_ptr() & 15)
+        elif a.__class__ is int:
+            found.append(a if a < 2 else (a & 15 == 0, a > 0x7FFFFFFF))
+        elif a.__class__ is tuple:
+            found += (len(a), *_traits(a))
+        else:
+            found.append(a if a is None else a.__class__)
+    return found
 
 
 def _allocate(size: int, _alignment: int, _stream: int | None) -> Tensor:

@@ -6,7 +6,6 @@ pytree registry, so trees made here are understood by ``torch.compile``, ``torch
 is JAX's, the dataclass form Equinox's."""
 
 import dataclasses
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
@@ -60,6 +59,8 @@ class _Node(NamedTuple):
     build: Callable[[list[Any], Any], Any]
     keys: Callable[[Any], Iterable[Any]]
 
+
+_HOLE = Spec(_Absent, None, (), 0)
 
 # The registry is ours, because PyTorch's takes several times as long to walk it, and every op walks its arguments.
 _NODES: dict[type, _Node] = {
@@ -132,10 +133,8 @@ def pytree(cls: type[_T]) -> type[_T]:
 
 
 def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """``node -> (node.a, node.b, ...)`` in one C call; attrgetter of one name gives no tuple, of none is refused."""
-    if len(names) > 1:
-        return operator.attrgetter(*names)
-    return lambda node: tuple(getattr(node, name) for name in names)
+    """``node -> (node.a, node.b, ...)``, written out: as fast as attrgetter, and torch.compile can trace it."""
+    return eval(f"lambda node: ({''.join(f'node.{name}, ' for name in names)})")
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Spec]:
@@ -149,9 +148,17 @@ def _flatten(tree: Tree, found: list[Any]) -> Spec:
     if node is None:
         found.append(tree)
         return _LEAF
+    if tree is ABSENT:
+        return _HOLE
     before = len(found)
-    below = tuple([_flatten(child, found) for child in node.children(tree)])
-    return Spec(type(tree), node.context(tree), below, len(found) - before)
+    below = []
+    for child in node.children(tree):
+        if type(child) in _NODES:
+            below.append(_flatten(child, found))
+        else:  # not by the call below: leaves are what there is most of
+            found.append(child)
+            below.append(_LEAF)
+    return Spec(type(tree), node.context(tree), tuple(below), len(found) - before)
 
 
 def unflatten(leaves_: Iterable[Any], spec: Spec) -> Tree:
@@ -162,7 +169,8 @@ def unflatten(leaves_: Iterable[Any], spec: Spec) -> Tree:
 def _unflatten(spec: Spec, leaves_: Iterator[Any]) -> Tree:
     if spec.kind is None:
         return next(leaves_)
-    return _NODES[spec.kind].build([_unflatten(below, leaves_) for below in spec.children], spec.context)
+    values = [next(leaves_) if below is _LEAF else _unflatten(below, leaves_) for below in spec.children]
+    return _NODES[spec.kind].build(values, spec.context)
 
 
 def leaves(tree: Tree) -> list[Any]:
