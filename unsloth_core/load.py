@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from . import hub, weights
 from .models import family_of
+from .models.container import text_part
 from .models.decoder import Model
 from .ops import nf4
 from .tree import ABSENT
@@ -28,10 +29,10 @@ def load(
 ) -> tuple[Model, Any]:
     """``model, params = load("HuggingFaceTB/SmolLM2-135M-Instruct")``.
 
-    ``source``: a Hub id, a local folder of safetensors, or a ``.gguf`` file. ``device``, ``dtype``: default cuda and
-    bfloat16 where there is a GPU, else cpu and float32. ``quantize="nf4"`` stores the linears of all layers in 4 bits
-    (double quantised, part by part, so that each is what bitsandbytes would make of it); embedding, head and norms stay
-    ``dtype``.
+    ``source``: a Hub id, a local folder of safetensors, or a ``.gguf`` file; of a multimodal model the text part.
+    ``device``, ``dtype``: default cuda and bfloat16 where there is a GPU, else cpu and float32. ``quantize="nf4"``
+    stores the linears of all layers in 4 bits (double quantised, part by part, so that each is what bitsandbytes would
+    make of it); embedding, head and norms stay ``dtype``.
     Raises ValueError for a config field that no one handles, for tensors that are missing, left over or misshapen, and
     for a device that is not there;
     NotImplementedError for weights that are stored quantised (bitsandbytes, GPTQ, FP8, ...), other than in GGUF.
@@ -46,7 +47,7 @@ def load(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise ValueError(f"load: dtype is {dtype}, expected bfloat16, float16 or float32")
-    checkpoint = hub.open_checkpoint(source, revision=revision, token=token)
+    checkpoint = text_part(hub.open_checkpoint(source, revision=revision, token=token))
     family = family_of(checkpoint.config)
     config = family.Config.from_hf(checkpoint.config)
     tokenizer = checkpoint.tokenizer()  # before the weights: what is wrong with it shows at once

@@ -1,0 +1,185 @@
+"""What every family does beyond computing: files, generation, adapters as PEFT reads them, the text part of others."""
+
+import json
+import string
+import warnings
+
+import peft
+import pytest
+import tokenizers
+import torch
+import transformers
+from oprule import DEVICE
+from safetensors.torch import load_file, save_file
+from tiny import BASE, GEMMA3, MIXED, VERSIONS, judge, ours
+
+from unsloth_core import backend, lora, random, tree
+from unsloth_core.generate import generate
+from unsloth_core.load import load, named_tensors
+from unsloth_core.models import FAMILIES
+from unsloth_core.ops import nf4
+
+SOME = ("mistral-7b-v0.1", "mistral-nemo", "ministral", "qwen2.5", "qwen3", "phi-3-mini-4k", "phi-4-mini")
+SOME += ("gemma-2b", "gemma2", "gemma3")
+each = pytest.mark.parametrize("version", SOME)
+
+
+@pytest.fixture(autouse=True)
+def _fast():
+    with backend.using(None if DEVICE.type == "cuda" else "reference"):
+        yield
+
+
+def make(version):
+    model_type, overrides = VERSIONS[version]
+    return judge(model_type, **overrides)
+
+
+def tokens(batch=2, length=9):
+    return torch.randint(0, 97, (batch, length), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+
+
+def write_tokenizer(folder):
+    """One letter, one token: the first 97 printable ones."""
+    vocab = {c: i for i, c in enumerate(string.printable[:97])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_every_model_type_has_tiny_versions():
+    assert {model_type for model_type, _ in VERSIONS.values()} == set(FAMILIES)
+
+
+@each
+def test_a_folder_that_transformers_wrote(version, tmp_path):
+    hf = make(version)
+    hf.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    model, params = load(str(tmp_path), device=DEVICE, dtype=torch.float32)
+    close(model.logits(params, tokens()), hf(tokens()).logits)
+    model, params = load(str(tmp_path), device=DEVICE, dtype=torch.float32, quantize="nf4")
+    decoded, stored = named_tensors(params), hf.state_dict()
+    linears = [name for name in decoded if name.endswith("_proj.weight")]
+    assert len(linears) == (4 if version.startswith("phi") else 7) * 2
+    for name, t in decoded.items():
+        expected = nf4.dequantize(nf4.quantize(stored[name])) if name in linears else stored[name]
+        assert torch.equal(t, expected), name
+    assert model.logits(params, tokens()).isfinite().all()
+
+
+@each
+def test_greedy_equals_transformers(version, tmp_path):
+    hf = make(version)
+    hf.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    model, params = load(str(tmp_path), device=DEVICE, dtype=torch.float32)
+    prompts = ["Hello", "a", "Whyisitso"]
+    texts = generate(model, params, prompts, max_new_tokens=12)
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = torch.tensor([model.tokenizer.encode(prompt)], device=DEVICE)
+        out = hf.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert text == model.tokenizer.decode(out[0, ids.shape[1] :].tolist())
+
+
+@each
+def test_peft_reads_our_adapters_and_we_read_its(version, tmp_path):
+    hf = make(version)
+    model, params = ours(hf)
+    adapters = lora.init(random.key(0), params, rank=3, alpha=5)
+    adapters = tree.map(lambda t: t + 0.1, adapters)
+    names = {path.rpartition(".")[2] for path in adapters}
+    fused = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    split = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert names == (fused if version.startswith("phi") else split)
+    assert {p.rpartition(".")[2] for p in lora.init(random.key(0), params, targets="attention")} == {
+        name for name in names if name in lora.ATTENTION
+    }
+    expected = model.logits(lora.adapt(params, adapters), tokens())
+    lora.save(adapters, tmp_path, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT warns of missing and unexpected keys
+        theirs = peft.PeftModel.from_pretrained(hf, str(tmp_path)).eval()
+    close(theirs(tokens()).logits, expected)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    again = lora.load(tmp_path / "theirs", params)
+    assert again.keys() == adapters.keys()
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(again), tree.leaves(adapters), strict=True))
+
+
+# ---- the text part of a multimodal checkpoint
+
+SMALL = {k: v for k, v in BASE.items() if not k.endswith("_token_id")}
+VISION = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+
+
+def gemma3():
+    text = {**SMALL, **GEMMA3, "layer_types": MIXED, "model_type": "gemma3_text"}
+    config = transformers.Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4)
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def mistral3():
+    text = {**SMALL, "sliding_window": None, "head_dim": 16, "model_type": "mistral"}
+    vision = {**VISION, "model_type": "pixtral"}
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    return transformers.Mistral3ForConditionalGeneration(config)
+
+
+# How transformers 4 and 5 write the names.
+SPELLINGS = {"4": ("language_model.model.", "language_model.lm_head."), "5": ("model.language_model.", "lm_head.")}
+
+
+def respell(file, version):
+    renamed = {}
+    for name, t in load_file(file).items():
+        for body, head in SPELLINGS.values():
+            name = name.replace(body, "BODY.") if name.startswith(body) else name
+            name = name.replace(head, "HEAD.") if name.startswith(head) else name
+        body, head = SPELLINGS[version]
+        renamed[name.replace("BODY.", body).replace("HEAD.", head)] = t
+    save_file(renamed, file)
+    return list(renamed)
+
+
+@pytest.mark.parametrize("make", [gemma3, mistral3], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_text_part(make, spelling, tmp_path):
+    torch.manual_seed(0)
+    hf = make().to(DEVICE).eval()
+    hf.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    names = respell(tmp_path / "model.safetensors", spelling)
+    assert sum(name.startswith(SPELLINGS[spelling][0]) for name in names) >= 20
+    assert any("vision_tower" in name for name in names)
+    model, params = load(str(tmp_path), device=DEVICE, dtype=torch.float32)
+    close(model.logits(params, tokens()), hf(tokens()).logits)
+
+
+def test_text_part_refusals(tmp_path):
+    gemma3().save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    file, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
+
+    def refused(message, **changes):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(ValueError, match=message):
+            load(str(tmp_path), device="cpu")
+
+    refused("text_config of a gemma3 model is None, expected an object", text_config=None)
+    refused("model_type 'gemma4_text', supported: ", text_config={**config["text_config"], "model_type": "gemma4_text"})
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+    save_file({**tensors, "model.embed_tokens.weight": tensors[name].clone()}, file)
+    refused("are one tensor of the text model")
+    save_file({**tensors, "audio_tower.w": torch.ones(3)}, file)
+    refused("no place for: audio_tower.w")
+    with pytest.raises(NotImplementedError, match="quantization_config"):
+        refused("never a ValueError", quantization_config={"quant_method": "fp8"})
