@@ -1,12 +1,13 @@
 """config.json as publishers write it: read strictly, and the parameter count that follows is the published one."""
 
+import copy
 import math
 
 import pytest
 import transformers
 
-from unsloth_core import weights
-from unsloth_core.models import family_of, llama
+from unsloth_core.load import declared_leaves
+from unsloth_core.models import FAMILIES, family_of, llama
 from unsloth_core.models.config import ConfigReader
 from unsloth_core.rotary import Rotary
 
@@ -93,14 +94,170 @@ PUBLISHED = {
         sizes(3072, 40, 12, 4, 23040, 131072, 32768, 1e-6, head_dim=256, rope_theta=1000042, **NEWER), 10.306e9,
     ),
 }  # fmt: skip
+LLAMAS = tuple(PUBLISHED)
+
+
+def of(model_type, arch, d, layers, heads, kv_heads, ffn, vocab, context, eps, **more):
+    """Another family's file; ``pretraining_tp`` and ``rope_scaling: null`` are Llama's."""
+    raw = sizes(d, layers, heads, kv_heads, ffn, vocab, context, eps, architectures=[f"{arch}ForCausalLM"], **more)
+    del raw["pretraining_tp"]
+    return {**raw, "model_type": model_type, "attention_dropout": 0.0}
+
+
+def mistral(*shape, eps=1e-5, **more):
+    return of("mistral", "Mistral", *shape, eps, **{"sliding_window": None, **more})
+
+
+def qwen2(d, layers, heads, kv_heads, ffn, vocab=152064, context=32768, eps=1e-6, **more):
+    """As published with 2.5: a window that is not used."""
+    more = {"rope_theta": 1000000.0, "use_sliding_window": False, "sliding_window": context, **more}
+    return of(
+        "qwen2", "Qwen2", d, layers, heads, kv_heads, ffn, vocab, context, eps,
+        **{"max_window_layers": layers, **more},
+    )
+
+
+def qwen3(d, layers, heads, ffn, **more):
+    return of(
+        "qwen3", "Qwen3", d, layers, heads, 8, ffn, 151936, 40960, 1e-6, head_dim=128, attention_bias=False,
+        rope_theta=1000000, sliding_window=None, use_sliding_window=False, max_window_layers=layers, **more,
+    )
+
+
+def phi(d, layers, heads, kv_heads, ffn, vocab, context, **more):
+    # What the publisher's own code reads, at the values that change nothing.
+    extra = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attention_bias": False, "auto_map": {"AutoConfig": "x.Y"}}
+    more = {"original_max_position_embeddings": 4096, "sliding_window": None, "rope_theta": 10000.0, **extra, **more}
+    return of("phi3", "Phi3", d, layers, heads, kv_heads, ffn, vocab, context, 1e-5, **more)
+
+
+def longrope(pairs):
+    return {"type": "longrope", "short_factor": [1.0 + i / 9 for i in range(pairs)], "long_factor": [2.0] * pairs}
+
+
+def without(raw, *names):
+    return {name: value for name, value in raw.items() if name not in names}
+
+
+def gemma(d, layers, heads, kv_heads, ffn):
+    raw = of(
+        "gemma", "Gemma", d, layers, heads, kv_heads, ffn, 256000, 8192, 1e-6, head_dim=256, rope_theta=10000.0,
+        hidden_activation=None, attention_bias=False,
+    )
+    return {**without(raw, "tie_word_embeddings"), "hidden_act": "gelu_pytorch_tanh"}
+
+
+def gemma2(d, layers, heads, kv_heads, ffn, head_dim=256, scalar=256, **more):
+    raw = of(
+        "gemma2", "Gemma2", d, layers, heads, kv_heads, ffn, 256000, 8192, 1e-6, head_dim=head_dim, rope_theta=10000.0,
+        hidden_activation="gelu_pytorch_tanh", attention_bias=False, attn_logit_softcapping=50.0, sliding_window=4096,
+        final_logit_softcapping=30.0, query_pre_attn_scalar=scalar, cache_implementation="hybrid", **more,
+    )
+    return {**without(raw, "tie_word_embeddings"), "hidden_act": "gelu_pytorch_tanh"}
+
+
+def gemma3(d, layers, ffn, **more):
+    """The small ones, whose files have everything."""
+    raw = of(
+        "gemma3_text", "Gemma3", d, layers, 4, 1, ffn, 262144, 32768, 1e-6, head_dim=256, rope_theta=1000000,
+        rope_local_base_freq=10000, hidden_activation="gelu_pytorch_tanh", attention_bias=False, sliding_window=512,
+        attn_logit_softcapping=None, final_logit_softcapping=None, query_pre_attn_scalar=256, **more,
+    )
+    return without(raw, "tie_word_embeddings", "hidden_act")
+
+
+def gemma3_part(d, layers, ffn, **more):
+    """The text_config of the multimodal ones: what equals the class default is left out."""
+    return {
+        "hidden_size": d, "intermediate_size": ffn, "model_type": "gemma3_text", "num_hidden_layers": layers,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024, **more,
+    }
+
+
+TIED = {"tie_word_embeddings": True}
+PUBLISHED |= {
+    "Mistral-7B-v0.1": (
+        mistral(4096, 32, 32, 8, 14336, 32000, 32768, rope_theta=10000.0, sliding_window=4096), 7.242e9,
+    ),
+    "Mistral-7B-v0.3": (mistral(4096, 32, 32, 8, 14336, 32768, 32768, rope_theta=1000000.0), 7.248e9),
+    "Mistral-Nemo-12B": (
+        mistral(5120, 40, 32, 8, 14336, 131072, 1024000, rope_theta=1000000.0, head_dim=128), 12.248e9,
+    ),
+    "Ministral-8B-2410": (
+        mistral(4096, 36, 32, 8, 12288, 131072, 32768, rope_theta=100000000.0, head_dim=128, sliding_window=32768),
+        8.020e9,
+    ),
+    "Mistral-Small-24B": (
+        mistral(5120, 40, 32, 8, 32768, 131072, 32768, rope_theta=100000000.0, head_dim=128), 23.572e9,
+    ),
+    "Qwen2.5-0.5B": (qwen2(896, 24, 14, 2, 4864, 151936, max_window_layers=24, use_mrope=False, **TIED), 494.0e6),
+    "Qwen2.5-1.5B": (qwen2(1536, 28, 12, 2, 8960, 151936, 131072, use_mrope=False, **TIED), 1.544e9),
+    "Qwen2.5-3B": (qwen2(2048, 36, 16, 2, 11008, 151936, **TIED), 3.086e9),
+    "Qwen2.5-7B": (qwen2(3584, 28, 28, 4, 18944), 7.616e9),
+    "Qwen2.5-14B": (qwen2(5120, 48, 40, 8, 13824, eps=1e-5), 14.770e9),
+    "Qwen2.5-32B": (qwen2(5120, 64, 40, 8, 27648, eps=1e-5), 32.764e9),
+    "Qwen2.5-72B": (qwen2(8192, 80, 64, 8, 29568, eps=1e-5), 72.706e9),
+    "DeepSeek-R1-Distill-Qwen-1.5B": (
+        qwen2(1536, 28, 12, 2, 8960, 151936, 131072, rope_theta=10000, use_mrope=False, max_window_layers=21), 1.777e9,
+    ),
+    "DeepSeek-R1-Distill-Qwen-7B": (qwen2(3584, 28, 28, 4, 18944, context=131072, rope_theta=10000), 7.616e9),
+    "Qwen3-0.6B": (qwen3(1024, 28, 16, 3072, **TIED), 596.0e6),
+    "Qwen3-1.7B": (qwen3(2048, 28, 16, 6144, **TIED), 1.721e9),
+    "Qwen3-4B": (qwen3(2560, 36, 32, 9728, **TIED), 4.022e9),
+    "Qwen3-8B": (qwen3(4096, 36, 32, 12288), 8.191e9),
+    "Qwen3-14B": (qwen3(5120, 40, 40, 17408), 14.768e9),
+    "Qwen3-32B": (qwen3(5120, 64, 64, 25600), 32.762e9),
+    "Phi-3-mini-4k": (phi(3072, 32, 32, 32, 8192, 32064, 4096, sliding_window=2047), 3.821e9),
+    "Phi-3.5-mini": (
+        phi(3072, 32, 32, 32, 8192, 32064, 131072, sliding_window=262144, rope_scaling=longrope(48)), 3.821e9,
+    ),
+    "Phi-3-medium-4k": (phi(5120, 40, 40, 10, 17920, 32064, 4096, sliding_window=2047), 13.960e9),
+    "Phi-4": (
+        phi(5120, 40, 40, 10, 17920, 100352, 16384, rope_theta=250000, original_max_position_embeddings=16384),
+        14.660e9,
+    ),
+    "Phi-4-mini": (
+        phi(
+            3072, 32, 24, 8, 8192, 200064, 131072, sliding_window=262144, rope_scaling=longrope(48),
+            partial_rotary_factor=0.75, full_attn_mod=1, interpolate_factor=1, lm_head_bias=False, mlp_bias=False,
+            **TIED,
+        ), 3.836e9,
+    ),
+    "Gemma-2B": (gemma(2048, 18, 8, 1, 16384), 2.506e9),
+    "Gemma-7B": (gemma(3072, 28, 16, 16, 24576), 8.538e9),
+    "Gemma-2-2B": (gemma2(2304, 26, 8, 4, 9216), 2.614e9),
+    "Gemma-2-9B": (gemma2(3584, 42, 16, 8, 14336, sliding_window_size=4096), 9.242e9),
+    "Gemma-2-27B": (gemma2(4608, 46, 32, 16, 36864, head_dim=128, scalar=144), 27.227e9),
+    "Gemma-3-270M": (
+        gemma3(
+            640, 18, 2048, _sliding_window_pattern=6, use_bidirectional_attention=False,
+            layer_types=["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(18)],
+        ), 268.1e6,
+    ),
+    "Gemma-3-1B": (gemma3(1152, 26, 6912, sliding_window_pattern=6, cache_implementation="hybrid"), 999.9e6),
+    "Gemma-3-4B": (gemma3_part(2560, 34, 10240), 3.880e9),
+    "Gemma-3-12B": (
+        gemma3_part(3840, 48, 15360, num_attention_heads=16, num_key_value_heads=8), 11.766e9,
+    ),
+    "Gemma-3-27B": (
+        gemma3_part(
+            5376, 62, 21504, num_attention_heads=32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=168,
+        ), 27.009e9,
+    ),
+}  # fmt: skip
 each = pytest.mark.parametrize("name", PUBLISHED)
+each_llama = pytest.mark.parametrize("name", LLAMAS)
 
 
-def parameters(config):
-    """As a checkpoint has them: no biases, and no head where it is tied."""
+def parsed(raw):
+    return family_of(raw).Config.from_hf(raw)
+
+
+def parameters(family, config):
+    """As a checkpoint has them: the optional leaves of this version (of Llama: none), and no head where it is tied."""
     return sum(
         math.prod(d.shape)
-        for d in weights.declarations(llama.Weights, config.dims)
+        for d in declared_leaves(family.Weights, config)
         if not d.optional or (d.path == ("head",) and not config.tie_word_embeddings)
     )
 
@@ -115,14 +272,13 @@ def as_transformers_5(raw):
 @each
 def test_published_configs_have_the_published_number_of_parameters(name):
     raw, published = PUBLISHED[name]
-    assert family_of(raw) is llama
-    count = parameters(llama.Config.from_hf(raw))
+    count = parameters(family_of(raw), parsed(raw))
     unit = 1e6 if published < 1e9 else 1e9
     digits = 1 if unit == 1e6 else 2 if published > 100e9 else 3
     assert round(count / unit, digits) == round(published / unit, digits)
 
 
-@each
+@each_llama
 def test_both_spellings_of_rope_are_one_config(name):
     raw, _ = PUBLISHED[name]
     config = llama.Config.from_hf(raw)
@@ -148,18 +304,56 @@ def test_fields_arrive_where_they_belong():
     }  # fmt: skip
 
 
-def test_absent_fields_have_the_defaults_of_transformers():
-    theirs = transformers.LlamaConfig()
-    ours = llama.Config.from_hf({"model_type": "llama"})
-    same = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    vocab_size max_position_embeddings rms_norm_eps tie_word_embeddings"""
-    for name in same.split():
+SAME = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size
+max_position_embeddings rms_norm_eps tie_word_embeddings""".split()
+
+
+def assert_as_transformers_reads_it(raw):
+    """Sizes, windows, bases, scales and caps are those of transformers' own config class."""
+    theirs = transformers.AutoConfig.for_model(**copy.deepcopy(raw))  # it writes into the dict of rope
+    ours = parsed(raw)
+    for name in SAME:
         assert getattr(ours, name) == getattr(theirs, name), name
-    assert ours.rotary.base == 10000.0
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert ours.head_dim == head_dim
+    layers = range(ours.num_hidden_layers)
+    specs = [family_of(raw).spec(ours, i) for i in layers]
+    window = getattr(theirs, "sliding_window", None)
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * len(layers)
+    assert [spec.window for spec in specs] == [window if kind == "sliding_attention" else None for kind in kinds]
+    for spec, kind in zip(specs, kinds, strict=True):
+        rope = theirs.rope_parameters.get(kind, theirs.rope_parameters)
+        assert (spec.rope.base, spec.rope.rope_type) == (rope["rope_theta"], rope["rope_type"])
+        assert spec.rope.channels == int(head_dim * rope.get("partial_rotary_factor", 1.0))
+        assert spec.scale == getattr(theirs, "query_pre_attn_scalar", head_dim) ** -0.5
+        assert spec.softcap == getattr(theirs, "attn_logit_softcapping", None)
+    assert ours.logit_softcap == getattr(theirs, "final_logit_softcapping", None)
+
+
+@each
+def test_as_transformers_reads_it(name):
+    assert_as_transformers_reads_it(PUBLISHED[name][0])
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_absent_fields_have_the_defaults_of_transformers(model_type):
+    if model_type != "ministral":  # whose class in transformers cannot do without head_dim
+        assert_as_transformers_reads_it({"model_type": model_type})
+
+
+def test_null_is_absent_but_for_windows_and_caps():
     dynamic = {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}}
     assert llama.Config.from_hf(dynamic).rotary.max_position_embeddings == 2048
-    nulls = dict.fromkeys(same.split() + ["hidden_act", "attention_bias", "rope_scaling", "attention_dropout"])
-    assert llama.Config.from_hf({"model_type": "llama", **nulls}) == ours
+    common = ["head_dim", "hidden_act", "rope_scaling", "attention_dropout", *SAME]
+    for model_type in FAMILIES:
+        nulls = dict.fromkeys(common)
+        assert parsed({"model_type": model_type, **nulls}) == parsed({"model_type": model_type}), model_type
+    assert set(parsed({"model_type": "mistral"}).windows) == {4096}
+    assert set(parsed({"model_type": "mistral", "sliding_window": None}).windows) == {None}
+    assert set(parsed({"model_type": "qwen2", "sliding_window": 4096, "max_window_layers": 0}).windows) == {None}
+    caps = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    gemma2 = parsed({"model_type": "gemma2", **caps})
+    assert (gemma2.softcap, gemma2.logit_softcap) == (None, None)
 
 
 REFUSED = [  # what is changed in SmolLM2's file, what the error says
@@ -193,6 +387,49 @@ REFUSED = [  # what is changed in SmolLM2's file, what the error says
 def test_what_is_refused_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         llama.Config.from_hf({**PUBLISHED["SmolLM2-135M"][0], **change})
+
+
+SLIDING = ["sliding_attention"]
+REFUSED_BY_OTHERS = [
+    ("Mistral-7B-v0.1", {"layer_types": SLIDING * 32}, "fields that no one handles: layer_types"),
+    ("Mistral-7B-v0.1", {"sliding_window": 0}, "field 'sliding_window' is 0, expected a positive integer"),
+    ("Mistral-7B-v0.1", {"sliding_window": True}, "field 'sliding_window' is True, expected a positive integer"),
+    ("Mistral-7B-v0.1", {"attention_bias": False}, "fields that no one handles: attention_bias"),
+    ("Mistral-7B-v0.1", {"num_key_value_heads": 5}, "32 heads cannot share 5 key/value heads"),
+    ("Mistral-7B-v0.1", {"model_type": "ministral", "layer_types": SLIDING}, "'layer_types' is .*expected 32 entries"),
+    ("Mistral-7B-v0.3", {"model_type": "ministral", "layer_types": SLIDING * 32}, "there is no sliding_window"),
+    ("Mistral-7B-v0.3", {"model_type": "ministral", "layer_types": 32}, "field 'layer_types' is 32, expected 32 ent"),
+    ("Mistral-7B-v0.3", {"model_type": "ministral", "layer_types": [[]] * 32}, "field 'layer_types' is .*expected 32"),
+    ("Qwen2.5-7B", {"use_mrope": True}, r"field 'use_mrope' is True, supported: \[False\]"),
+    ("Qwen2.5-7B", {"use_sliding_window": 1}, "field 'use_sliding_window' is 1, expected true or false"),
+    ("Qwen2.5-7B", {"max_window_layers": -1}, "field 'max_window_layers' is -1, expected an integer of at least 0"),
+    ("Qwen2.5-7B", {"layer_types": SLIDING * 28}, "there is no sliding_window"),
+    ("Qwen2.5-7B", {"attention_bias": True}, "fields that no one handles: attention_bias"),
+    ("Qwen3-8B", {"attention_bias": True}, r"field 'attention_bias' is True, supported: \[False\]"),
+    ("Qwen3-8B", {"num_experts": 128}, "fields that no one handles: num_experts"),
+    ("Phi-4-mini", {"resid_pdrop": 0.1}, "field 'resid_pdrop' is 0.1"),
+    ("Phi-4-mini", {"lm_head_bias": True}, "field 'lm_head_bias' is True"),
+    ("Phi-4-mini", {"full_attn_mod": 2}, "field 'full_attn_mod' is 2"),
+    ("Phi-4-mini", {"partial_rotary_factor": 1.0}, "short_factor has 48 entries, expected 64"),
+    ("Phi-4-mini", {"original_max_position_embeddings": "4096"}, "expected a whole number"),
+    ("Gemma-7B", {"hidden_act": "silu"}, "field 'hidden_act' is 'silu'"),
+    ("Gemma-7B", {"hidden_activation": "gelu"}, "field 'hidden_activation' is 'gelu'"),
+    ("Gemma-7B", {"sliding_window": 4096}, "fields that no one handles: sliding_window"),
+    ("Gemma-2-9B", {"attention_bias": True}, "field 'attention_bias' is True"),
+    ("Gemma-2-9B", {"sliding_window": None}, "there is no sliding_window"),
+    ("Gemma-2-9B", {"final_logit_softcapping": -30}, "'final_logit_softcapping' is -30, expected a number above zero"),
+    ("Gemma-2-9B", {"query_pre_attn_scalar": 0}, "field 'query_pre_attn_scalar' is 0, expected a number above zero"),
+    ("Gemma-3-1B", {"attn_logit_softcapping": 50.0}, r"field 'attn_logit_softcapping' is 50.0, supported: \[\]"),
+    ("Gemma-3-1B", {"use_bidirectional_attention": True}, "field 'use_bidirectional_attention' is True"),
+    ("Gemma-3-1B", {"sliding_window_pattern": 0}, "field 'sliding_window_pattern' is 0, expected a positive integer"),
+    ("Gemma-3-1B", {"rope_parameters": {"global": {}}}, "unknown field 'global' in rope_parameters"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), REFUSED_BY_OTHERS)
+def test_what_other_families_refuse_is_named(name, change, message):
+    with pytest.raises(ValueError, match=message):
+        parsed({**PUBLISHED[name][0], **change})
 
 
 @pytest.mark.parametrize("model_type", [None, "llama4", "", 3, ["llama"]])
