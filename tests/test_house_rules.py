@@ -24,6 +24,7 @@ NOT_OPS = {
 # ops/ files whose op has no gradient: of the contract's names only `cost`; the rest holds.
 NOT_DIFFERENTIABLE = {
     "nf4": "4-bit codes are integers; the base weight they encode is always frozen",
+    "nf4_matvec": "for cached generation; linear takes its other path when x needs a gradient",
 }
 # models/ files that all families share.
 NOT_FAMILIES = ("__init__", "config", "decoder")

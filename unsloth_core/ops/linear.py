@@ -16,7 +16,8 @@ such products are cuBLAS's, exact too unless the process allows tf32 (``torch.se
 weights, bias and add have x's dtype; NF4 decodes to its own dtype and is cast to x's; adapters (fp32 leaves) are cast,
 and their gradients leave the accumulator in the leaf's dtype, as dW does in W's.
 Bytes: x, W, y once (add read once). Unfused, each of bias, LoRA and add reads and writes y once more, 4 B an element.
-Transient: an NF4 weight is decoded once per call, M·C elements; a Stacked weight is gathered into one such buffer.
+Transient: an NF4 weight is decoded once per call, M·C elements; a Stacked weight is gathered into one such buffer. For
+at most 8 tokens without gradient of x, as in cached generation, NF4 is not decoded to memory: :mod:`.nf4_matvec`.
 Limits: x and add must be viewable as (N, C) and (N, M); a dy that is not is copied. NF4 has no gradient.
 
 Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314); the LoRA step on the accumulator is LoRAFusion's idea
@@ -38,7 +39,7 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..tree import ABSENT
 from ..weights import NF4, Adapted, LoRA, Stacked, Weight, shape
-from . import nf4
+from . import nf4, nf4_matvec
 from .checks import check_device, check_dtype
 from .language import cast, dot
 
@@ -395,7 +396,10 @@ def linear_fwd(
         a_RC, v_MR = _adapters(w, x)
         update = (product(x, a_RC.T), v_MR.T)
     flat = add if add is ABSENT else _matrix(add, "add")
-    y = product(x, _dense(base, x.dtype).T, bias=bias, add=flat, update=update)
+    if not needs[0] and _stays_coded(x, base):
+        y = _product_with_codes(x, base, bias, flat, update)
+    else:
+        y = product(x, _dense(base, x.dtype).T, bias=bias, add=flat, update=update)
     return y.view(y_shape), (x_NC if tree.any(needs[1]) else ABSENT, w)
 
 
@@ -472,6 +476,28 @@ def _dense(w: Any, dtype: torch.dtype) -> Tensor:
     return dense
 
 
+def _stays_coded(x: Tensor, base: Any) -> bool:
+    """Whether all of the base is NF4 and x has too few tokens to decode it to memory for."""
+    return all(isinstance(part, NF4) and nf4_matvec.takes(x, part) for part in _stack(base))
+
+
+def _product_with_codes(x: Tensor, base: Any, bias: Any, add: Any, update: Any) -> Tensor:
+    """``x base^T + bias + add + update``; beside an update the first sum stays in fp32, so that y is rounded once."""
+    m, _ = shape(base)
+    dtype = x.dtype if update is ABSENT else torch.float32
+    y = torch.empty(x.shape[0], m, dtype=dtype, device=x.device)
+    at = 0
+    for part in _stack(base):
+        columns = slice(at, at := at + part.shape[0])
+        of_part = (b if b is ABSENT else b[..., columns] for b in (bias, add))
+        nf4_matvec.nf4_matvec(x, part, *of_part, out=y[:, columns])
+    return y if update is ABSENT else product(*update, add=y, out_dtype=x.dtype)
+
+
+def _stack(base: Any) -> tuple[Any, ...]:
+    return base.parts if isinstance(base, Stacked) else (base,)
+
+
 def _placed(w: Adapted) -> Iterator[tuple[int, LoRA, slice, slice]]:
     """(index, adapter, its rows of the output, its place among the ranks) of every adapter that is there."""
     row = rank = 0
@@ -542,7 +568,7 @@ def _check(x: Tensor, w: Weight, bias: Any, add: Any) -> tuple[int, int]:
     """Rows and columns of ``w``, or the first thing that does not fit."""
     check_dtype("linear", "x", x)
     base, parts, rows = _open(w)
-    stack = base.parts if isinstance(base, Stacked) else (base,)
+    stack = _stack(base)
     for part in stack:
         if len(part.shape) != 2 or part.shape[1] != stack[0].shape[-1]:
             expected = f"(M, {stack[0].shape[-1]})" if isinstance(base, Stacked) else "(M, C)"

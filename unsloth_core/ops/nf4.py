@@ -70,7 +70,7 @@ def dequantize(w: NF4, *, out: Tensor | None = None) -> Tensor:
 
     Raises ValueError when the tensors of ``w`` do not fit its shape or lie on different devices.
     """
-    _check(w)
+    check("dequantize", w)
     if backend.resolve(w.codes) == "reference":
         dense = backend.reference("nf4.dequantize")(w)
         return dense if out is None else out.copy_(dense)
@@ -94,7 +94,7 @@ def dequantize(w: NF4, *, out: Tensor | None = None) -> Tensor:
         nested and nested.absmax_P,
         nested and nested.code_256,
         nested and nested.offset,
-        _table(codes.device),
+        table(codes.device),
         out,
         elements,
         WORDS=_WORDS,
@@ -168,13 +168,15 @@ def _nearest(x: Tensor, code: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _table(where: torch.device) -> Tensor:
+def table(where: torch.device) -> Tensor:
+    """The 16 entries, (16,) fp32."""
     return torch.tensor(TABLE, dtype=torch.float32, device=where)
 
 
-def _check(w: NF4) -> None:
+def check(op: str, w: NF4) -> None:
+    """Raises ValueError when the tensors of ``w`` do not fit its shape or lie on different devices."""
     if w.block not in BLOCKS:
-        raise ValueError(f"dequantize: block = {w.block}, expected one of {BLOCKS}")
+        raise ValueError(f"{op}: block = {w.block}, expected one of {BLOCKS}")
     elements = math.prod(w.shape)
     blocks = -(-elements // w.block)
     wanted = [("codes", w.codes, (elements + 1) // 2, torch.uint8)]
@@ -190,7 +192,7 @@ def _check(w: NF4) -> None:
     for name, tensor, numel, dtype in wanted:
         if tensor.numel() != numel or tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(
-                f"dequantize: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected contiguous {dtype} "
+                f"{op}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected contiguous {dtype} "
                 f"with {numel} elements for shape {tuple(w.shape)} in blocks of {w.block}"
             )
-        check_device("dequantize", name, tensor, "codes", w.codes.device)
+        check_device(op, name, tensor, "codes", w.codes.device)
