@@ -3,6 +3,7 @@
 A peer computes the same from the same arguments. Every op has the peer "torch", its reference under eager autograd,
 which is also the oracle; where PyTorch has a call of its own for the op, that is a peer under its own name."""
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.adamw import adamw as torch_adamw
 
-from unsloth_core import backend, optim, tree
+from unsloth_core import backend, optim, random, tree
 from unsloth_core import ops as uc
 from unsloth_core.cost import Cost
 from unsloth_core.ops import nf4
@@ -83,6 +84,7 @@ def _cost(op: str) -> Callable[..., Cost]:
 
 def _memory_bound() -> Iterator[Case]:
     norm, add_norm, rope, glu, embedding = map(_cost, ("rms_norm", "add_rms_norm", "rope", "glu", "embedding"))
+    layer_norm, softmax, dropout = map(_cost, ("layer_norm", "softmax", "dropout"))
     yield Case(
         op="embedding",  # tokens, vocabulary, width
         shapes=((8192, 128256, 4096),),
@@ -120,6 +122,20 @@ def _memory_bound() -> Iterator[Case]:
         costs=lambda args, N, D: {"fwd": add_norm(N, D, 2), "bwd": add_norm(N, D, 2, backward=True)},
     )
     yield Case(
+        op="layer_norm",  # tokens, width
+        shapes=((8192, 4096), (8192, 8192)),
+        small=(256, 4096),
+        tiny=(4, 32),
+        make=lambda r, N, D: (r.normal(N, D), r.normal(D), r.normal(D)),
+        wanted=lambda x, w, b: [x, w, b],
+        ours=uc.layer_norm,
+        peers={
+            "torch": backend.reference("layer_norm"),
+            "F.layer_norm": lambda x, w, b: F.layer_norm(x, w.shape, w, b),
+        },
+        costs=lambda args, N, D: {"fwd": layer_norm(N, D, 2), "bwd": layer_norm(N, D, 2, backward=True)},
+    )
+    yield Case(
         op="rope",  # tokens, query heads, key heads, head size
         shapes=((8192, 32, 8, 128),),
         small=(256, 32, 8, 128),
@@ -140,6 +156,29 @@ def _memory_bound() -> Iterator[Case]:
         ours=uc.glu,
         peers={"torch": backend.reference("glu")},
         costs=lambda args, N, F: {"fwd": glu(N, F, 2), "bwd": glu(N, F, 2, backward=True)},
+    )
+    for op, shape, small in (("softmax", (8192, 4096), (256, 4096)), ("softmax_wide", (4096, 128256), (64, 128256))):
+        yield Case(
+            op=op,  # rows, width: whole rows in registers, and rows that are walked
+            shapes=(shape,),
+            small=small,
+            tiny=(4, 40),
+            make=lambda r, N, D: (r.normal(N, D),),
+            wanted=lambda x: [x],
+            ours=uc.softmax,
+            peers={"torch": backend.reference("softmax")},
+            costs=lambda args, N, D: {"fwd": softmax(N, D, 2), "bwd": softmax(N, D, 2, backward=True)},
+        )
+    yield Case(
+        op="dropout",  # tokens, width; F.dropout draws another mask, so it cannot be checked and is no peer
+        shapes=((8192, 4096),),
+        small=(256, 4096),
+        tiny=(4, 32),
+        make=lambda r, N, D: (r.normal(N, D), random.key(0, r.generator.device)),
+        wanted=lambda x, key: [x],
+        ours=functools.partial(uc.dropout, p=0.1),
+        peers={"torch": functools.partial(backend.reference("dropout"), p=0.1)},
+        costs=lambda args, N, D: {d: dropout(N * D, 2) for d in ("fwd", "bwd")},
     )
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from oprule import DEVICE, rand
 from triton.runtime.interpreter import InterpretedFunction
 
-from unsloth_core import backend, device, ops
+from unsloth_core import backend, device, ops, random
 from unsloth_core.device import launch
 from unsloth_core.ops.language import cast
 from unsloth_core.segments import Segments
@@ -24,12 +24,15 @@ CALLS = {
     "add_rms_norm": lambda: ops.add_rms_norm(x, x, w[0]),
     "attention": lambda: ops.attention(heads, heads, heads, whole, whole),
     "cross_entropy": lambda: ops.cross_entropy(x, ids),
+    "dropout": lambda: ops.dropout(x, random.key(0, DEVICE), p=0.5),
     "embedding": lambda: ops.embedding(ids, w),
     "glu": lambda: ops.glu(x),
+    "layer_norm": lambda: ops.layer_norm(x, w[0], w[1]),
     "linear": lambda: ops.linear(x, w),
     "linear_cross_entropy": lambda: ops.linear_cross_entropy(x, w, ids),
     "rms_norm": lambda: ops.rms_norm(x, w[0]),
     "rope": lambda: ops.rope(heads, heads, x[:, :4], x[:, 4:8]),
+    "softmax": lambda: ops.softmax(x),
 }
 
 

@@ -6,21 +6,27 @@ backward and the cost of one op, top to bottom."""
 from .add_rms_norm import add_rms_norm
 from .attention import attention
 from .cross_entropy import cross_entropy
+from .dropout import dropout
 from .embedding import embedding
 from .glu import glu
+from .layer_norm import layer_norm
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import rms_norm
 from .rope import rope
+from .softmax import softmax
 
 __all__ = [
     "add_rms_norm",
     "attention",
     "cross_entropy",
+    "dropout",
     "embedding",
     "glu",
+    "layer_norm",
     "linear",
     "linear_cross_entropy",
     "rms_norm",
     "rope",
+    "softmax",
 ]
