@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from oprule import DEVICE, DTYPES, check_op, rand, strided
+from oprule import DEVICE, DTYPES, assert_both_refuse, check_op, rand, strided
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unsloth_core import backend
@@ -146,8 +146,8 @@ def test_all_ignored(name):
 def test_work_and_residuals_follow_needs(monkeypatch):
     """Products: 1 per chunk for the loss alone, 2 with a frozen head, 3 with a trainable one; residuals to match."""
     calls = []
-    product = module._product
-    monkeypatch.setattr(module, "_product", lambda *a, **k: (calls.append(1), product(*a, **k)))
+    product = module.product
+    monkeypatch.setattr(module, "product", lambda *a, **k: (calls.append(1), product(*a, **k)))
     x, w, targets, rows = example(12, 8, 200, torch.bfloat16, 9, 0)
     M = targets.shape[0]
     for needs, products, size in [
@@ -163,6 +163,29 @@ def test_work_and_residuals_follow_needs(monkeypatch):
         assert chunks > 1 and len(calls) == products * chunks
         fresh = [r for r in (residuals or ()) if r is not ABSENT and r is not w and r is not rows]
         assert sum(r.nbytes for r in fresh) == size
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_chunk_logits(trainable):
+    """The option is obeyed, with a trainable head too, and changes nothing but the order of sums."""
+    args = example(9, 16, 90, torch.float32, 5, 2)
+    results = []
+    with backend.using("triton"):
+        for option in (None, 180, 1):
+            x, w = args[0].clone().requires_grad_(), args[1].clone().requires_grad_(trainable)
+            loss = linear_cross_entropy(x, w, *args[2:], chunk_logits=option)
+            results.append((loss.detach(), *torch.autograd.grad(loss, (x, w) if trainable else (x,))))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_low_memory_setting():
+    """The bytes that the docstring promises: 512 tokens a chunk, so that logits and dx are under 200 MiB."""
+    M, V, D = 8192, 128256, 4096
+    for option, tokens, mib in ((None, 2048, 565.1), (2**26, 512, 189.4)):
+        chunk = chunk_rows(M, V, False, option)
+        assert chunk == tokens and (2 * chunk * V + 2 * M * D + 4 * M) / 2**20 <= mib
+    assert chunk_rows(M, V, True, 2**26) == 512
 
 
 def test_chunk_rows():
@@ -184,18 +207,27 @@ X, W, T = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64
         ((X[0], W, T), {}, "x has shape (4,), expected (N, D)"),
         ((X, W[:, :3], T), {}, "w has shape (5, 3), expected (V, D) with V > 0 and D = 4 > 0"),
         ((X, W.bfloat16(), T), {}, "w has dtype torch.bfloat16, expected that of x, torch.float32"),
-        ((X.double(), W, T), {}, "x has dtype torch.float64, expected float16, bfloat16 or float32"),
+        ((X.double(), W.double(), T), {}, "x has dtype torch.float64, expected float16, bfloat16 or float32"),
         ((X, torch.zeros(4, 5).t(), T), {}, "w has strides (1, 5), expected a last stride of 1"),
         ((X, W, T[:2]), {}, "targets has shape (2,), expected (N,) = (3,)"),
         ((X, W, T[:2], T), {}, "rows has shape (3,), expected (M,) = (2,)"),
         ((X, W, T, X[:, 0]), {}, "rows has dtype torch.float32, expected torch.int64 or torch.int32"),
+        ((X, W[0], T), {}, "w has shape (4,), expected (V, D)"),
+        ((X, W[:0], T), {}, "w has shape (0, 4), expected (V, D) with V > 0 and D = 4 > 0"),
+        ((X[:, :0], W[:, :0], T), {}, "w has shape (5, 0), expected (V, D) with V > 0 and D = 0 > 0"),
+        ((X, W, X[:, 0]), {}, "targets has dtype torch.float32, expected torch.int64 or torch.int32"),
+        ((X, W, T[None], T), {}, "targets has shape (1, 3), expected (M,)"),
         ((X, W, T), {"z_loss": -1.0}, "z_loss is -1.0, expected 0 or more"),
+        ((X, W, T), {"chunk_logits": 0}, "chunk_logits is 0, expected a positive number or None"),
     ],
 )
 def test_bad_input(args, options, message):
+    args = [a.to(DEVICE) for a in args]
     with backend.using("triton"), pytest.raises(ValueError) as error:
-        linear_cross_entropy(*[a.to(DEVICE) for a in args], **options)
+        linear_cross_entropy(*args, **options)
     assert str(error.value) == "linear_cross_entropy: " + message
+    if "float64" not in message and "strides" not in message:
+        assert_both_refuse(linear_cross_entropy, *args, **options)
 
 
 def test_reference_under_fake_tensors():

@@ -12,9 +12,20 @@ a trainable one, 1 when nothing needs a gradient.
 ``rows`` picks the rows of x that carry a target, so ignored tokens cost nothing. Rows are gathered chunk by
 chunk, and dx is scattered into zeros: each real row appears at most once, so there is nothing to add up.
 
-Chunks are a function of the shapes alone: about 2²⁸ logits (512 MiB in bf16), at least 4096 tokens with a
-trainable head, so that reading and writing the fp32 dw once per chunk hides behind its product. The buffer's
-rows are padded to 16 elements, so every row is loaded 16 bytes at a time whatever V is.
+Chunks are a function of the shapes and of ``chunk_logits`` alone: by default about 2²⁸ logits (512 MiB in bf16), at
+least 4096 tokens with a trainable head, so that reading and writing the fp32 dw once per chunk hides behind its
+product. The buffer's rows are padded to 16 elements, so every row is loaded 16 bytes at a time whatever V is.
+
+Memory with a frozen head, beyond what there was before the call: a chunk's logits and dx at g = 1 in forward, dx at
+g = 1 and dx in backward, never all of them. For 8192 tokens, V 128256, D 4096 in bf16::
+
+    chunk_logits    tokens a chunk    logits       dx        forward       backward
+    None (2²⁸)      2048              501 MiB      64 MiB    565 MiB       128 MiB
+    2²⁶             512               125.3 MiB    64 MiB    189.3 MiB     128 MiB
+
+(and 4 bytes per token; with ``rows``, a chunk of x on top: 4 MiB at 512 tokens). The low-memory setting is therefore
+``chunk_logits=2**26``. Its price: w is read 32 times instead of 8, and dz · w of 512 tokens has only 64 tiles of
+128 × 256 for the 132 multiprocessors of an H100, unless cuBLAS splits the sum over V.
 
 Residuals: dx at g = 1 for the M target rows in x's dtype (M · D elements), dw at g = 1 (V · D: fp32 if summed
 over several chunks, else w's dtype), ``rows`` and ``w`` by reference, and a 0-byte tensor that carries N.
@@ -28,6 +39,7 @@ Source: the gradient computed in forward, over chunks of tokens, is Liger Kernel
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,20 +52,21 @@ from ..cost import Cost
 from ..device import cdiv, launch, next_power_of_2
 from ..tree import ABSENT
 from .checks import check_device, check_dtype
-from .cross_entropy import check_options, check_targets, forward_pass
+from .cross_entropy import check_options, check_targets, forward_pass, pointer, pointer_and_stride, total
 from .language import cast
 
 CHUNK_LOGITS = 2**28
 TRAINABLE_ROWS = 4096
 
 
-def chunk_rows(M: int, V: int, trainable: bool) -> int:
-    """Tokens per chunk: M shared out evenly over chunks of at most (the power of two nearest) CHUNK_LOGITS / V.
+def chunk_rows(M: int, V: int, trainable: bool, chunk_logits: int | None = None) -> int:
+    """Tokens per chunk: M shared out evenly over chunks of at most (the power of two nearest) ``chunk_logits`` / V.
 
-    That is 2048 for V = 128256 and 1024 for V = 262208; with a trainable head at least TRAINABLE_ROWS.
+    None: CHUNK_LOGITS, which is 2048 for V = 128256 and 1024 for V = 262208; with a trainable head at least
+    TRAINABLE_ROWS.
     """
-    most = 1 << max(0, round(math.log2(CHUNK_LOGITS / V)))
-    if trainable:
+    most = 1 << max(0, round(math.log2((chunk_logits or CHUNK_LOGITS) / V)))
+    if trainable and chunk_logits is None:
         most = max(most, TRAINABLE_ROWS)
     even = cdiv(M, max(1, cdiv(M, most)))
     return min(most, M, cdiv(even, 128) * 128)
@@ -72,7 +85,7 @@ def _gather_kernel(x_ptr, rows_ptr, out_ptr, N, D, stride, rows_stride, BLOCK: t
 
 @triton.jit
 def _scale_kernel(src_ptr, g_ptr, rows_ptr, out_ptr, N, D, rows_stride, BLOCK: tl.constexpr):
-    """out[rows[i]] = g · src[i], where rows[i] is a row of out (``rows_ptr`` None: i itself)."""
+    """out[rows[i]] = g · src[i], where rows[i] is a row of out (``rows_ptr`` None: i itself; ``g_ptr`` None: 1)."""
     i = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = i
@@ -80,21 +93,13 @@ def _scale_kernel(src_ptr, g_ptr, rows_ptr, out_ptr, N, D, rows_stride, BLOCK: t
     if rows_ptr is not None:
         row = tl.load(rows_ptr + i * rows_stride).to(tl.int64)
         found = tl.where((row >= 0) & (row < N), D, 0)
-    y = tl.load(src_ptr + i * D + at, mask=at < found, other=0.0).to(tl.float32) * tl.load(g_ptr).to(tl.float32)
+    y = tl.load(src_ptr + i * D + at, mask=at < found, other=0.0).to(tl.float32)
+    if g_ptr is not None:
+        y = y * tl.load(g_ptr).to(tl.float32)
     tl.store(out_ptr + row * D + at, cast(y, out_ptr.dtype.element_ty), mask=at < found)
 
 
-@triton.jit
-def _sum_kernel(losses_ptr, out_ptr, M, BLOCK: tl.constexpr):
-    """One program adds all losses: every lane its own in ascending order, then the lanes as a tree."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, M, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.load(losses_ptr + at, mask=at < M, other=0.0)
-    tl.store(out_ptr, tl.sum(total, axis=0))
-
-
-def _by_rows(M: int, D: int) -> tuple[tuple[int, int], dict[str, int]]:
+def by_rows(M: int, D: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and launch parameters of a kernel that walks M rows of D elements."""
     BLOCK = min(4096, next_power_of_2(D))
     return (M, cdiv(D, BLOCK)), {
@@ -104,7 +109,7 @@ def _by_rows(M: int, D: int) -> tuple[tuple[int, int], dict[str, int]]:
     }
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """out = a · b (+ out), summed in fp32; ``out`` may be fp32 for 16-bit operands."""
     options: dict[str, Any] = {}
     if out.dtype != a.dtype:
@@ -118,38 +123,64 @@ def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         torch.mm(a, b, out=out, **options)
 
 
-def _scaled(src: Tensor, g: Tensor, out: Tensor, rows: Any = ABSENT) -> Tensor:
-    """``g · src`` row by row into ``out``, at ``rows`` if given."""
-    grid, options = _by_rows(*src.shape)
-    where, stride = (None, 0) if rows is ABSENT else (rows, rows.stride(0))
-    launch(_scale_kernel, grid, src, g, where, out, out.shape[0], src.shape[1], stride, **options)
+def scaled(src: Tensor, g: Any, out: Tensor, rows: Any = ABSENT) -> Tensor:
+    """``g · src`` (g 0-d, or ABSENT for 1) row by row into ``out``, at ``rows`` if given."""
+    grid, options = by_rows(*src.shape)
+    where, stride = pointer_and_stride(rows)
+    launch(_scale_kernel, grid, src, pointer(g), where, out, out.shape[0], src.shape[1], stride, **options)
     return out
 
 
-def _check(x: Tensor, w: Tensor, targets: Tensor, rows: Any) -> None:
-    op = "linear_cross_entropy"
+def chunks_of_logits(
+    x: Tensor, w: Tensor, rows: Any, M: int, chunk: int
+) -> Iterator[tuple[slice, Any, Tensor, Tensor]]:
+    """``(part, rows[part], x of those rows, its logits)``, ``chunk`` of the M target rows at a time.
+
+    The logits are those of this chunk only until the next one is asked for.
+    """
+    (N, D), V = x.shape, w.shape[0]
+    logits = torch.empty(chunk, cdiv(V, 16) * 16, dtype=x.dtype, device=x.device)
+    for start in range(0, M, max(1, chunk)):
+        part = slice(start, min(M, start + chunk))
+        count = part.stop - start
+        if rows is ABSENT:
+            rows_part, x_part = ABSENT, x[part]
+        else:
+            rows_part, x_part = rows[part], torch.empty(count, D, dtype=x.dtype, device=x.device)
+            grid, options = by_rows(count, D)
+            launch(_gather_kernel, grid, x, rows_part, x_part, N, D, x.stride(0), rows.stride(0), **options)
+        z = logits[:count, :V]
+        product(x_part, w.t(), z)
+        yield part, rows_part, x_part, z
+
+
+def check_linear(op: str, x: Tensor, w: Tensor, targets: Tensor, rows: Any, chunk_logits: int | None) -> None:
+    """Raises ValueError unless x (N, D), w (V, D), targets (M,) and rows (M,), or ABSENT where M = N, fit together."""
     for name, t, letters in (("x", x, "(N, D)"), ("w", w, "(V, D)")):
-        check_dtype(op, name, t)
         if t.ndim != 2:
             raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {letters}")
-        if t.shape[1] > 1 and t.shape[0] > 0 and t.stride(1) != 1:
-            raise ValueError(f"{op}: {name} has strides {t.stride()}, expected a last stride of 1")
     if w.shape[0] == 0 or w.shape[1] != x.shape[1] or x.shape[1] == 0:
         raise ValueError(f"{op}: w has shape {tuple(w.shape)}, expected (V, D) with V > 0 and D = {x.shape[1]} > 0")
-    if w.dtype != x.dtype:
-        raise ValueError(f"{op}: w has dtype {w.dtype}, expected that of x, {x.dtype}")
-    check_device(op, "w", w, "x", x.device)
     if rows is ABSENT:
         check_targets(op, targets, "N", x.shape[0], "x", x.device)
-        return
-    if targets.ndim != 1:
-        raise ValueError(f"{op}: targets has shape {tuple(targets.shape)}, expected (M,)")
-    check_targets(op, targets, "M", targets.shape[0], "x", x.device)
-    if rows.shape != targets.shape:
-        raise ValueError(f"{op}: rows has shape {tuple(rows.shape)}, expected (M,) = ({targets.shape[0]},)")
-    if rows.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{op}: rows has dtype {rows.dtype}, expected torch.int64 or torch.int32")
-    check_device(op, "rows", rows, "x", x.device)
+    else:
+        if targets.ndim != 1:
+            raise ValueError(f"{op}: targets has shape {tuple(targets.shape)}, expected (M,)")
+        check_targets(op, targets, "M", targets.shape[0], "x", x.device)
+        if rows.shape != targets.shape:
+            raise ValueError(f"{op}: rows has shape {tuple(rows.shape)}, expected (M,) = ({targets.shape[0]},)")
+        if rows.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{op}: rows has dtype {rows.dtype}, expected torch.int64 or torch.int32")
+        check_device(op, "rows", rows, "x", x.device)
+    if w.dtype != x.dtype:
+        raise ValueError(f"{op}: w has dtype {w.dtype}, expected that of x, {x.dtype}")
+    if chunk_logits is not None and not chunk_logits >= 1:
+        raise ValueError(f"{op}: chunk_logits is {chunk_logits}, expected a positive number or None")
+    check_dtype(op, "x", x)
+    check_device(op, "w", w, "x", x.device)
+    for name, t in (("x", x), ("w", w)):
+        if t.shape[1] > 1 and t.shape[0] > 0 and t.stride(1) != 1:
+            raise ValueError(f"{op}: {name} has strides {t.stride()}, expected a last stride of 1")
 
 
 def linear_cross_entropy_fwd(
@@ -163,49 +194,39 @@ def linear_cross_entropy_fwd(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    chunk_logits: int | None = None,
 ) -> tuple[Tensor, Any]:
     """x (N, D), w (V, D), targets (M,), rows (M,) or ABSENT (M = N) -> the sum of the losses, fp32, 0-d.
 
     ``targets[i]`` belongs to row ``rows[i]`` of x. An entry of ``rows`` equal to N is padding; others appear
-    at most once. Targets outside [0, V), and rows outside [0, N], make the sum NaN. Raises ValueError for
-    other shapes, dtypes, devices, strides or options, TypeError for a w that is not a Tensor.
+    at most once. Targets outside [0, V), and rows outside [0, N], make the sum NaN. ``chunk_logits``: about how many
+    logits exist at a time; less memory for more time, and the same result but for the order of sums over tokens.
+    Raises ValueError for other shapes, dtypes, devices, strides or options, TypeError for a w that is not a Tensor.
     """
-    _check(x_ND, w_VD, targets_M, rows_M)
+    check_linear("linear_cross_entropy", x_ND, w_VD, targets_M, rows_M, chunk_logits)
     check_options("linear_cross_entropy", label_smoothing, z_loss, softcap)
     (N, D), V, M = x_ND.shape, w_VD.shape[0], targets_M.shape[0]
     need_x, need_w = needs[0], needs[1]
-    chunk = chunk_rows(M, V, need_w)
+    chunk = chunk_rows(M, V, need_w, chunk_logits)
 
     def empty(*shape: int, dtype: torch.dtype = x_ND.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x_ND.device)
 
     losses = empty(M, dtype=torch.float32)
-    logits = empty(chunk, cdiv(V, 16) * 16)
     x_grad = empty(M, D) if need_x else ABSENT
     w_grad = empty(V, D, dtype=torch.float32 if chunk < M else w_VD.dtype) if need_w else ABSENT
     if need_w and M == 0:
         w_grad.zero_()
-    for start in range(0, M, max(1, chunk)):
-        part = slice(start, min(M, start + chunk))
-        count = part.stop - start
-        if rows_M is ABSENT:
-            rows, x = ABSENT, x_ND[part]
-        else:
-            rows, x = rows_M[part], empty(count, D)
-            grid, options = _by_rows(count, D)
-            launch(_gather_kernel, grid, x_ND, rows, x, N, D, x_ND.stride(0), rows.stride(0), **options)
-        z = logits[:count, :V]
-        _product(x, w_VD.t(), z)
+    for part, rows, x, z in chunks_of_logits(x_ND, w_VD, rows_M, M, chunk):
         forward_pass(
-            z, targets_M[part], losses[part], rows=rows, N=N, gradient=need_x or need_w,
+            z, targets_M[part], losses[part], rows=rows, N=N, gradient=z if need_x or need_w else ABSENT,
             ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
         )  # fmt: skip
         if need_x:
-            _product(z, w_VD, x_grad[part])
+            product(z, w_VD, x_grad[part])
         if need_w:
-            _product(z.t(), x, w_grad, add=start > 0)
-    loss = empty(dtype=torch.float32)
-    launch(_sum_kernel, (1,), losses, loss, M, BLOCK=1024, num_warps=8, enable_fp_fusion=False)
+            product(z.t(), x, w_grad, add=part.start > 0)
+    loss = total(losses)
     if not (need_x or need_w):
         return loss, ABSENT
     carries_N = ABSENT if rows_M is ABSENT else empty(N, 0)
@@ -221,17 +242,18 @@ def linear_cross_entropy_bwd(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    chunk_logits: int | None = None,
 ) -> tuple[Any, Any, Any, Any]:
     """dloss 0-d -> dx (N, D) and dw (V, D), in the dtypes of x and w."""
     x_grad, w_grad, rows, w, carries_N = residuals
     dx = dw = ABSENT
     if needs[0]:
         if rows is ABSENT:
-            dx = _scaled(x_grad, dloss, torch.empty_like(x_grad))
+            dx = scaled(x_grad, dloss, torch.empty_like(x_grad))
         else:
-            dx = _scaled(x_grad, dloss, x_grad.new_zeros(carries_N.shape[0], x_grad.shape[1]), rows)
+            dx = scaled(x_grad, dloss, x_grad.new_zeros(carries_N.shape[0], x_grad.shape[1]), rows)
     if needs[1]:
-        dw = _scaled(w_grad, dloss, torch.empty(w.shape, dtype=w.dtype, device=w.device))
+        dw = scaled(w_grad, dloss, torch.empty(w.shape, dtype=w.dtype, device=w.device))
     return dx, dw, ABSENT, ABSENT
 
 
