@@ -178,7 +178,7 @@ def _memory_bound() -> Iterator[Case]:
         wanted=lambda x, key: [x],
         ours=functools.partial(uc.dropout, p=0.1),
         peers={"torch": functools.partial(backend.reference("dropout"), p=0.1)},
-        costs=lambda args, N, D: {d: dropout(N * D, 2) for d in ("fwd", "bwd")},
+        costs=lambda args, N, D: {d: dropout(N, D, 2) for d in ("fwd", "bwd")},
     )
 
 
@@ -211,9 +211,21 @@ def _losses() -> Iterator[Case]:
         make=lambda r, N, V, D: (r.normal(N, D), r.matrix(V, D), r.ids(N, V)),
         wanted=lambda x, w, targets: [x],
         ours=uc.linear_cross_entropy,
-        peers={"torch": backend.reference("linear_cross_entropy")},
+        peers={"torch": backend.reference("linear_cross_entropy"), **_chunked_of_pytorch()},
         costs=lambda args, N, V, D: {"fwd+bwd": linear_loss(N, D, V, N, 2, dx=True)},
     )
+
+
+def _chunked_of_pytorch() -> dict[str, Callable[..., Any]]:
+    """PyTorch's own loss in chunks, which 2.13 has."""
+    if not hasattr(F, "linear_cross_entropy"):
+        return {}
+    options = torch.nn.LinearCrossEntropyOptions()
+    return {
+        "F.linear_cross_entropy": lambda x, w, targets: F.linear_cross_entropy(
+            x, w, targets, reduction="sum", options=options
+        )
+    }
 
 
 def _products() -> Iterator[Case]:

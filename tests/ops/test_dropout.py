@@ -216,4 +216,4 @@ def test_reference_refuses_keys_of_other_dtypes_alike():
 
 
 def test_cost():
-    assert cost(8192 * 4096, 2).bytes == 4 * 8192 * 4096
+    assert cost(8192, 4096, 2).bytes == 4 * 8192 * 4096

@@ -166,6 +166,6 @@ def _addressed(x: Tensor) -> tuple[int, tuple[int, int]] | None:
 dropout = custom_vjp(dropout_fwd, dropout_bwd)
 
 
-def cost(n: int, itemsize: int) -> Cost:
-    """Of n elements, in either direction: x read, y written. Philox's integer operations are not counted."""
-    return Cost(bytes=2 * n * itemsize, flops=n)
+def cost(rows: int, D: int, itemsize: int) -> Cost:
+    """Either direction: x read, y written. Philox's integer operations are not counted."""
+    return Cost(bytes=2 * rows * D * itemsize, flops=rows * D)
