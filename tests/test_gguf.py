@@ -1,6 +1,7 @@
 """GGUF: block types against a literal reading of their layout, names, row order and config against what was
 written and against transformers' own reader, and files that lie."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import math
@@ -14,9 +15,15 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from hypothesis import given
 from hypothesis import strategies as st
+from oprule import DEVICE
+from tiny import VERSIONS, checkpoint_of, judge
 
+from unsloth_core import backend
 from unsloth_core.gguf_reader import open_gguf
 from unsloth_core.hub import open_checkpoint
+from unsloth_core.load import read_weights
+from unsloth_core.models import family_of
+from unsloth_core.models.decoder import Model
 
 V, D, F, H, G, K, LAYERS = 32, 64, 96, 4, 2, 16, 2
 HEADS = {"q_proj": H, "k_proj": G}
@@ -65,8 +72,10 @@ def gguf_name(name):
 def permuted(name, array):
     """What llama.cpp's converter does to rows of q and k."""
     heads = next((n for module, n in HEADS.items() if f".{module}." in name), None)
-    if heads is None:
-        return array
+    return array if heads is None else rotary_pairs(array, heads)
+
+
+def rotary_pairs(array, heads):
     rows = array.shape[0]
     return array.reshape(heads, 2, rows // heads // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
@@ -181,6 +190,167 @@ def test_defaults_of_absent_keys(tmp_path):
     tensors = {name: w for name, w in weights().items() if "k_proj" not in name}
     config = open_gguf(write(tmp_path / "m.gguf", tensors, keys=keys)).config
     assert (config["num_key_value_heads"], config["rope_theta"], config["head_dim"]) == (H, 10000.0, K)
+
+
+# ---- the other architectures ----
+
+ARCHITECTURE_OF = {"mistral": "llama", "gemma3_text": "gemma3"}
+VERSIONS_AS_GGUF = [
+    name for name in VERSIONS if not name.startswith(("llama", "ministral", "smollm", "tiny", "yi", "r1-distill-llama"))
+]
+
+
+def converted(hf, path, kind=Type.F32, **changes):
+    """What llama.cpp's converter writes of a transformers model; names by the table that it uses."""
+    config = hf.config
+    arch = ARCHITECTURE_OF.get(config.model_type, config.model_type)
+    names = gguf.get_tensor_name_map(
+        next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), config.num_hidden_layers
+    )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    keys = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": rope["rope_theta"],
+    }
+    if arch != "phi3":
+        keys |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    if arch in ("gemma2", "gemma3") or arch == "llama" and config.sliding_window:
+        keys["attention.sliding_window"] = config.sliding_window
+    if arch == "gemma2":
+        keys["attn_logit_softcapping"] = config.attn_logit_softcapping
+        keys["final_logit_softcapping"] = config.final_logit_softcapping
+    if rope["rope_type"] in ("linear", "yarn"):
+        keys |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
+    if rope["rope_type"] == "yarn":
+        keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    extra = {}
+    if arch == "phi3":
+        keys["rope.scaling.original_context_length"] = config.original_max_position_embeddings
+        keys["rope.dimension_count"] = int(head_dim * rope["partial_rotary_factor"])
+        keys["attention.sliding_window"] = config.sliding_window or 0
+        if rope["rope_type"] == "longrope":
+            keys["rope.scaling.attn_factor"] = 1.1
+            for length in ("long", "short"):
+                extra[f"rope_factors_{length}.weight"] = np.array(rope[f"{length}_factor"], np.float32)
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in {**keys, **changes}.items():
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, list: writer.add_array}
+        if value is not None:
+            add[type(value)](f"{arch}.{key}", value)
+    for name, tensor in hf.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        array = tensor.float().cpu().numpy()
+        if arch == "llama":
+            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+            heads = heads.get(name.split(".")[-2])
+            array = array if heads is None else rotary_pairs(array, heads)
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            array = array + 1
+        plain = kind == Type.F32 or array.ndim == 1
+        raw = array if plain else gguf.quants.quantize(array, kind)
+        stem, _, suffix = name.rpartition(".")
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", raw, raw_dtype=Type.F32 if plain else kind)
+    for name, array in extra.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("version", VERSIONS_AS_GGUF)
+def test_every_architecture_comes_back(tmp_path, version):
+    model_type, overrides = VERSIONS[version]
+    if model_type in ("gemma2", "gemma3_text"):
+        overrides = {**overrides, "query_pre_attn_scalar": overrides["head_dim"]}  # which no file of these sizes says
+    hf = judge(model_type, **overrides)
+    ours = open_gguf(converted(hf, tmp_path / "m.gguf"))
+    expected = checkpoint_of(hf)
+    assert ours.names == sorted(expected.names)
+    gemma = model_type.startswith("gemma")
+    for name in ours.names:
+        tensor, wanted = ours.tensor(name), expected.tensors[name].cpu()
+        assert (ours.shape(name), ours.dtype(name)) == (tuple(wanted.shape), tensor.dtype)
+        if gemma and name.endswith("norm.weight"):  # adding 1 and taking it off again rounds
+            torch.testing.assert_close(tensor, wanted, rtol=0, atol=2**-23)
+        else:
+            assert torch.equal(tensor, wanted), name
+    family = family_of(expected.config)
+    if version.endswith(("window", "gemma3")):  # GGUF has no word for these windows
+        return
+    read, config = family_of(ours.config), family.Config.from_hf(expected.config)
+    fields = {f.name for f in dataclasses.fields(config)} & {f.name for f in dataclasses.fields(read.Config)}
+    found = read.Config.from_hf(ours.config)
+    assert (read is family) == (version not in ("mistral-7b-v0.3", "mistral-nemo"))  # without a window: a Llama
+    for field in fields - ({"has"} if read is not family else set()):
+        assert getattr(found, field) == getattr(config, field), field
+
+
+@pytest.mark.parametrize(
+    "version", ["mistral-7b-v0.1", "qwen2.5", "qwen3", "phi-4-mini", "gemma-2b", "gemma2", "gemma3-270m"]
+)
+@pytest.mark.parametrize("kind", [Type.F32, Type.Q8_0])
+def test_other_architectures_compute_what_transformers_computes(tmp_path, version, kind):
+    model_type, overrides = VERSIONS[version]
+    overrides = {**overrides, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
+    if model_type in ("gemma2", "gemma3_text"):
+        overrides["query_pre_attn_scalar"] = 16
+    if model_type in ("qwen2", "phi3"):
+        del overrides["head_dim"]
+    hf = judge(model_type, **overrides)
+    if kind == Type.Q8_0:
+        for p in hf.parameters():
+            if p.ndim > 1:
+                blocks = gguf.quants.quantize(p.numpy(force=True), kind)
+                p.data.copy_(torch.from_numpy(gguf.quants.dequantize(blocks, kind)))
+    checkpoint = open_gguf(converted(hf, tmp_path / "m.gguf", kind))
+    family = family_of(checkpoint.config)
+    config = family.Config.from_hf(checkpoint.config)
+    params = read_weights(checkpoint, family.Weights, config, device=DEVICE, dtype=torch.float32)
+    tokens = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    with backend.using("reference"):
+        logits = Model(family=family, config=config).logits(params, tokens)
+    torch.testing.assert_close(logits, hf(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_gemma_27b_scales_by_the_width_over_the_heads(tmp_path):
+    def scalar(version, layers):
+        model_type, overrides = VERSIONS[version]
+        hf = judge(model_type, **{**overrides, "num_hidden_layers": 1, "layer_types": ["sliding_attention"]})
+        return open_gguf(converted(hf, tmp_path / "m.gguf", block_count=layers)).config["query_pre_attn_scalar"]
+
+    assert [scalar("gemma2", n) for n in (26, 46)] == [16, 48 // 4]
+    assert [scalar("gemma3", n) for n in (26, 46, 62)] == [16, 16, 48 // 4]
+
+
+@pytest.mark.parametrize(
+    ("version", "changes", "error", "message"),
+    [
+        ("phi-3-mini-4k", {"attention.sliding_window": None}, ValueError, "phi3.*window: expected int, got none"),
+        ("phi-4-mini", {"rope.dimension_count": 8}, ValueError, r"rope_factors_long.weight: .* \(4,\)"),
+        ("qwen3", {"attention.sliding_window": 8}, NotImplementedError, "attention.sliding_window: not supp"),
+        ("qwen3", {"rope.dimension_count": 8}, NotImplementedError, "dimension_count is 8, supported: .* 16"),
+        ("qwen2.5", {"attention.value_length": 8}, NotImplementedError, "value_length is 8, supported: .* 12"),
+        ("gemma2", {"attention.scale": 0.5}, ValueError, "key gemma2.attention.scale is not known"),
+        ("gemma3", {"attention.sliding_window": None}, ValueError, "gemma3.*sliding_window: expected int, got none"),
+        ("gemma3", {"attention.sliding_window_pattern": [True, False]}, ValueError, "expected int, got list"),
+        ("gemma-2b", {"block_count": 1}, ValueError, "has no place in a gemma model of 1 layers"),
+    ],
+)
+def test_other_architectures_refuse(tmp_path, version, changes, error, message):
+    model_type, overrides = VERSIONS[version]
+    path = converted(judge(model_type, **overrides), tmp_path / "m.gguf", **changes)
+    with pytest.raises(error, match=message):
+        open_gguf(path)
 
 
 # ---- block types ----
@@ -345,7 +515,6 @@ def test_scaling_in_metadata(tmp_path):
             "rope.dimension_count is 8, supported: .* 16",
         ),
         ({"llama.expert_count": 8}, NotImplementedError, "llama.expert_count"),
-        ({"llama.attention.sliding_window": 8}, NotImplementedError, "llama.attention.sliding_window"),
         ({"llama.logit_scale": 0.5}, ValueError, "key llama.logit_scale is not known"),
         ({"general.alignment": 48}, ValueError, "general.alignment: expected a power of two, got 48"),
     ],

@@ -8,9 +8,11 @@ shape whose product wraps around, or a tensor outside the file, gives a wrong vi
 it makes an object for every string of the vocabulary, which takes 20 times as long. The blocks are decoded by
 `gguf.quants.dequantize`.
 
-What differs between architectures is data: `ARCHITECTURES`. For `llama` the converter had reordered the rows
-of the q and k projections (rotary pairs side by side); that is undone on the quantised rows, before decoding.
-And it had replaced Llama 3's rope scaling by a tensor of divisors, from which the numbers are recovered.
+What differs between architectures is data: `ARCHITECTURES`. For `llama` (Mistral's too) the converter had reordered
+the rows of the q and k projections (rotary pairs side by side); that is undone on the quantised rows, before decoding.
+And it had replaced Llama 3's rope scaling by a tensor of divisors, from which the numbers are recovered. For `gemma` it
+had added 1 to the weights of norms, which is taken off again. Gemma's scale of attention scores is in no file: the rule
+for it, by the number of layers, is llama.cpp's.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; names and conversions: llama.cpp's
 `gguf-py/gguf/tensor_mapping.py` and `convert_hf_to_gguf.py`.
@@ -22,7 +24,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,51 +44,111 @@ STRING, ARRAY = 8, 9
 MAX_DIMS = 4
 
 
+KEYS = {
+    "embedding_length": ("hidden_size", int),
+    "feed_forward_length": ("intermediate_size", int),
+    "block_count": ("num_hidden_layers", int),
+    "attention.head_count": ("num_attention_heads", int),
+    "attention.head_count_kv": ("num_key_value_heads", int),
+    "attention.key_length": ("head_dim", int),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", float),
+    "context_length": ("max_position_embeddings", int),
+    "rope.freq_base": ("rope_theta", float),
+}
+TENSORS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+LAYERS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+SANDWICH = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+WINDOW = {"attention.sliding_window": ("sliding_window", int)}
+CAP = {"final_logit_softcapping": ("final_logit_softcapping", float)}
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How one `general.architecture` maps to Hugging Face."""
 
     config: Mapping[str, Any]  # fields that follow from the architecture alone
-    keys: Mapping[str, tuple[str, type]]  # metadata key (without "llama.") -> config field, type
-    ignored: frozenset[str]  # keys that change nothing here
-    tensors: Mapping[str, str]  # tensor -> Hugging Face name
-    layers: Mapping[str, str]  # the same inside a layer, without prefix and ".weight" or ".bias"
-    permuted: Mapping[str, str]  # tensors with reordered rows -> config field with their number of heads
+    layers: Mapping[str, str]  # tensor of a layer -> Hugging Face name, without prefix and ".weight" or ".bias"
+    keys: Mapping[str, tuple[str, type]] = field(default_factory=lambda: KEYS)  # metadata key -> config field, type
+    optional: Mapping[str, tuple[str, type]] = field(default_factory=dict)  # the same; what is absent or 0 stays out
+    ignored: frozenset[str] = frozenset({"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"})
+    tensors: Mapping[str, str] = field(default_factory=lambda: TENSORS)  # tensor outside the layers -> name
+    permuted: Mapping[str, str] = field(default_factory=dict)  # tensors with reordered rows -> field of their heads
+    divisors: tuple[str, ...] = ()  # tensors of rotary divisors, which become fields
+    norms_plus_one: bool = False
+    layers_of_27b: int = 0  # the Gemma whose scores are scaled by the width of the stream over the number of heads
 
 
-LLAMA = Architecture(
-    config={"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"},
-    keys={
-        "embedding_length": ("hidden_size", int),
-        "feed_forward_length": ("intermediate_size", int),
-        "block_count": ("num_hidden_layers", int),
-        "attention.head_count": ("num_attention_heads", int),
-        "attention.head_count_kv": ("num_key_value_heads", int),
-        "attention.key_length": ("head_dim", int),
-        "attention.layer_norm_rms_epsilon": ("rms_norm_eps", float),
-        "context_length": ("max_position_embeddings", int),
-        "rope.freq_base": ("rope_theta", float),
-    },
-    ignored=frozenset({"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"}),
-    tensors={
-        "token_embd.weight": "model.embed_tokens.weight",
-        "output_norm.weight": "model.norm.weight",
-        "output.weight": "lm_head.weight",
-    },
-    layers={
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    },
-    permuted={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
-)
-ARCHITECTURES = {"llama": LLAMA}
+def _gemma(model_type: str, arch: str) -> dict[str, Any]:
+    fields = {"model_type": model_type, "architectures": [arch], "hidden_activation": "gelu_pytorch_tanh"}
+    return {"config": fields, "norms_plus_one": True}
+
+
+ARCHITECTURES = {
+    "llama": Architecture(
+        config={"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"},
+        layers=LAYERS,
+        optional=WINDOW,
+        permuted={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
+        divisors=("rope_freqs.weight",),
+    ),
+    "qwen2": Architecture(
+        config={"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu"}, layers=LAYERS
+    ),
+    "qwen3": Architecture(
+        config={"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu"},
+        layers=LAYERS | HEAD_NORMS,
+    ),
+    "phi3": Architecture(
+        config={"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_act": "silu"},
+        layers={
+            "attn_norm": "input_layernorm",
+            "attn_qkv": "self_attn.qkv_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_up": "mlp.gate_up_proj",
+            "ffn_down": "mlp.down_proj",
+        },
+        keys=KEYS | WINDOW,
+        divisors=("rope_factors_long.weight", "rope_factors_short.weight"),
+    ),
+    "gemma": Architecture(**_gemma("gemma", "GemmaForCausalLM"), layers=LAYERS),
+    "gemma2": Architecture(
+        **_gemma("gemma2", "Gemma2ForCausalLM"),
+        layers=LAYERS | SANDWICH,
+        optional=WINDOW | CAP | {"attn_logit_softcapping": ("attn_logit_softcapping", float)},
+        layers_of_27b=46,
+    ),
+    "gemma3": Architecture(
+        **_gemma("gemma3_text", "Gemma3ForCausalLM"),
+        layers=LAYERS | SANDWICH | HEAD_NORMS,
+        keys=KEYS | WINDOW,
+        optional=CAP
+        | {
+            "rope.freq_base_swa": ("rope_local_base_freq", float),
+            "attention.sliding_window_pattern": ("sliding_window_pattern", int),
+        },
+        layers_of_27b=62,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -106,6 +168,15 @@ class _Tensor:
 
 
 @dataclass(frozen=True)
+class _Entry:
+    """A tensor and what the converter did to it: reordered the rows of so many heads, added 1."""
+
+    tensor: _Tensor
+    heads: int = 0
+    plus_one: bool = False
+
+
+@dataclass(frozen=True)
 class GGUFCheckpoint:
     """A .gguf file behind the interface of `hub.Checkpoint`."""
 
@@ -113,7 +184,7 @@ class GGUFCheckpoint:
     metadata: Mapping[str, Any]
     config: dict[str, Any]
     generation_config: dict[str, Any]
-    entries: Mapping[str, tuple[_Tensor, int]]  # by Hugging Face name; with heads of reordered rows, else 0
+    entries: Mapping[str, _Entry]  # by Hugging Face name
 
     @property
     def names(self) -> list[str]:
@@ -122,22 +193,25 @@ class GGUFCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return self._entry(name)[0].shape
+        return self._entry(name).tensor.shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Data type of `tensor(name)`: fp32 for quantised tensors."""
-        return PLAIN.get(self._entry(name)[0].type, torch.float32)
+        """Data type of `tensor(name)`: fp32 for quantised tensors and for norms that 1 was added to."""
+        entry = self._entry(name)
+        return torch.float32 if entry.plus_one else PLAIN.get(entry.tensor.type, torch.float32)
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, dequantised; a view of the file if it is stored plainly and in order."""
-        tensor, heads = self._entry(name)
-        return tensor.decode(_rotate_half_order(tensor.rows, heads) if heads else tensor.rows)
+        entry = self._entry(name)
+        rows = entry.tensor.rows
+        decoded = entry.tensor.decode(_rotate_half_order(rows, entry.heads) if entry.heads else rows)
+        return decoded.float() - 1 if entry.plus_one else decoded
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, rebuilt from the metadata."""
         return Tokenizer.from_gguf(self.metadata, source=self.source)
 
-    def _entry(self, name: str) -> tuple[_Tensor, int]:
+    def _entry(self, name: str) -> _Entry:
         if name not in self.entries:
             raise ValueError(f"{self.source}: no tensor {name!r} among {len(self.entries)}")
         return self.entries[name]
@@ -310,13 +384,11 @@ def _rotate_half_order(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _entries(
-    path: Path, arch: Architecture, config: dict[str, Any], tensors: dict[str, _Tensor]
-) -> dict[str, tuple[_Tensor, int]]:
+def _entries(path: Path, arch: Architecture, config: dict[str, Any], tensors: dict[str, _Tensor]) -> dict[str, _Entry]:
     """Tensors under their Hugging Face names."""
-    entries: dict[str, tuple[_Tensor, int]] = {}
+    entries: dict[str, _Entry] = {}
     for name, tensor in tensors.items():
-        if name == "rope_freqs.weight":  # already in the config
+        if name in arch.divisors:  # already in the config
             continue
         match = re.fullmatch(r"blk\.(0|[1-9][0-9]{0,4})\.(\w+)\.(weight|bias)", name)
         heads = 0
@@ -339,7 +411,7 @@ def _entries(
             raise ValueError(
                 f"{path}: tensor {name!r} has {tensor.rows.shape[0]} rows, expected a multiple of 2 * {heads}"
             )
-        entries[target] = (tensor, heads)
+        entries[target] = _Entry(tensor, heads, arch.norms_plus_one and target.endswith("norm.weight"))
     return entries
 
 
@@ -362,7 +434,8 @@ def _config(
         # fp32 widened to double; the shortest decimal with the same fp32 is what config.json said.
         return float(str(np.float32(value))) if kind is float else value
 
-    for key in ("expert_count", "expert_used_count", "attention.sliding_window"):
+    windows = () if "attention.sliding_window" in {**arch.keys, **arch.optional} else ("attention.sliding_window",)
+    for key in ("expert_count", "expert_used_count", *windows):
         if take(key, int, 0):
             raise NotImplementedError(f"{path}: {name}.{key}: not supported for this architecture")
     config: dict[str, Any] = dict(arch.config)
@@ -371,28 +444,60 @@ def _config(
         values.setdefault("attention.head_count_kv", heads)
         values.setdefault("attention.key_length", hidden // heads)
     values.setdefault("rope.freq_base", 10000.0)
-    for key, (field, kind) in arch.keys.items():
-        config[field] = take(key, kind)
-        if config[field] <= 0:
-            raise ValueError(f"{path}: {name}.{key}: expected more than 0, got {config[field]}")
+    for key, (to, kind) in arch.keys.items():
+        config[to] = take(key, kind)
+        if config[to] <= 0 and key not in WINDOW:
+            raise ValueError(f"{path}: {name}.{key}: expected more than 0, got {config[to]}")
+    config |= {to: take(key, kind) for key, (to, kind) in arch.optional.items() if key in values}
+    if config.get("sliding_window") == 0:  # none
+        config["sliding_window"] = None
     width = config["head_dim"]
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (got := take(key, int, width)) != width:
-            raise NotImplementedError(f"{path}: {name}.{key} is {got}, supported: the head width {width}")
+    turned = take("rope.dimension_count", int, width)
+    if turned != width and name != "phi3":
+        raise NotImplementedError(f"{path}: {name}.rope.dimension_count is {turned}, supported: the head width {width}")
+    if (got := take("attention.value_length", int, width)) != width:
+        raise NotImplementedError(f"{path}: {name}.attention.value_length is {got}, supported: the head width {width}")
 
     if (embedding := tensors.get("token_embd.weight")) is None:
         raise ValueError(f"{path}: no tensor 'token_embd.weight'")
     config["vocab_size"] = embedding.shape[0]
     config["tie_word_embeddings"] = "output.weight" not in tensors
-    config["attention_bias"] = "blk.0.attn_q.bias" in tensors
-    config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+    if arch.layers_of_27b:
+        per_head = config["hidden_size"] // config["num_attention_heads"]
+        config["query_pre_attn_scalar"] = per_head if config["num_hidden_layers"] == arch.layers_of_27b else width
+    if name == "llama" and config.get("sliding_window"):
+        config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    elif name == "llama":
+        config.pop("sliding_window", None)
+        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
 
-    scaling = _rope_scaling(path, take, tensors.get("rope_freqs.weight"), config["rope_theta"], width)
-    if scaling:
+    if name == "phi3":
+        config |= {"partial_rotary_factor": turned / width} | _longrope(path, take, arch, tensors, turned // 2)
+    elif scaling := _rope_scaling(path, take, tensors.get("rope_freqs.weight"), config["rope_theta"], width):
         config["rope_scaling"] = scaling
     if unknown := sorted(set(values) - arch.ignored):
         raise ValueError(f"{path}: metadata key {name}.{unknown[0]} is not known for this architecture")
     return config
+
+
+def _longrope(
+    path: Path, take: Callable[..., Any], arch: Architecture, tensors: dict[str, _Tensor], pairs: int
+) -> dict[str, Any]:
+    """Phi-3's rope fields. Its two lists are tensors; their factor of attention follows from the two contexts."""
+    original = take("rope.scaling.original_context_length", int, 0)
+    take("rope.scaling.attn_factor", float, 1.0)
+    fields: dict[str, Any] = {"original_max_position_embeddings": original} if original else {}
+    if not any(name in tensors for name in arch.divisors):
+        return fields
+    scaling: dict[str, Any] = {"rope_type": "longrope"}
+    for name, to in zip(arch.divisors, ("long_factor", "short_factor"), strict=True):
+        if (divisors := tensors.get(name)) is None or divisors.type != "F32" or divisors.shape != (pairs,):
+            got = "none" if divisors is None else f"{divisors.type} {divisors.shape}"
+            raise ValueError(f"{path}: {name}: expected F32 of shape ({pairs},), got {got}")
+        # The shortest decimal with the same fp32 is what config.json said.
+        scaling[to] = [float(str(number)) for number in divisors.decode(divisors.rows).numpy()]
+    return {**fields, "rope_scaling": scaling}
 
 
 def _rope_scaling(
