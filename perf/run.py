@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,14 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that a plain checkout is enough
 
-from perf import ops  # noqa: E402
+from perf import ops, peers  # noqa: E402
 from perf.ops import Case, Random, Shape  # noqa: E402
 from unsloth_core import tree  # noqa: E402
 
 # Allowed relative norm of an error, for results that are rounded in this dtype a few times on the way.
 BOUND = {torch.bfloat16: 2**-6, torch.float32: 2**-20}
 ROUNDS = 3
+RATIOS = {"ratio_to_cudnn": "sdpa cudnn", "ratio_to_flash": "sdpa flash"}
 Call = Callable[[], Any]
 
 
@@ -128,6 +129,7 @@ def calls(case: Case, fn: Callable[..., Any], sets: Sequence[tuple[Any, ...]], d
 
 
 def _call(case: Case, fn: Callable[..., Any], args: tuple[Any, ...], direction: str) -> Call:
+    args = peers.prepared(fn, args)
     if direction == "fwd":
         return functools.partial(fn, *args)
     outs, wanted = tree.leaves(fn(*args)), case.wanted(*args)
@@ -154,9 +156,10 @@ def arguments(case: Case, shape: Shape, machine: Machine, seed: int) -> tuple[An
 def results(case: Case, fn: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
     """Outputs and gradients; arguments are copied first, for a peer may write into them."""
     args = tree.map(lambda t: t.detach().clone(), args)
-    wanted = case.wanted(*args)
-    for t in wanted:
+    for t in case.wanted(*args):
         t.requires_grad_()
+    args = peers.prepared(fn, args)
+    wanted = case.wanted(*args)
     outs = tree.leaves(fn(*args))
     gradients = torch.autograd.grad(outs, wanted, cotangents(outs)) if wanted else ()
     return [t.detach() for t in (*outs, *gradients)]
@@ -192,6 +195,7 @@ class Bench:
     facts: dict[str, Any]  # what every row says about the machine and the code
     emit: Callable[[dict[str, Any]], None]
     with_compile: bool = False
+    libraries: Mapping[str, Mapping[str, Callable[..., Any]]] = field(default_factory=dict)  # peers by op and name
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -208,10 +212,11 @@ class Bench:
 
     def _checked(self, case: Case) -> tuple[dict[str, Callable[..., Any]], dict[tuple[str, str], float]]:
         """The implementations that are right, and their host times by (impl, direction)."""
-        candidates = {"ours": case.ours, **case.peers}
+        candidates = {"ours": case.ours, **case.peers, **self.libraries.get(case.op, {})}
         if self.with_compile and case.compiles:
             torch.compiler.reset()  # the number of compilations of one function is limited
-            candidates["compile"] = torch.compile(case.peers["torch"], dynamic=False)
+            plain = candidates.get("eager", case.peers["torch"])
+            candidates["compile"] = torch.compile(plain, dynamic=False)
         shape = case.tiny if self.machine.smoke else case.small
         args = arguments(case, shape, self.machine, seed=0)
         truth = oracle(case, args)
@@ -273,6 +278,8 @@ class Bench:
                     "host_us": _round(host[impl, direction]),
                     "ratio_to_best_peer": None if math.isnan(best) else _round(best / ms),
                 }
+                if case.op == "attention":  # its two yardsticks, whichever is faster
+                    row |= {key: _round(times[peer] / ms) if peer in times else None for key, peer in RATIOS.items()}
                 self.emit({**row, **self.facts})
 
     def _in_turns(
@@ -357,7 +364,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="perf/run.py", description="Measure the ops on a CUDA machine.")
     parser.add_argument("op", nargs="*", help="ops to measure; all if none is named")
     parser.add_argument("--out", type=Path, default=ROOT / "perf/records/ops.jsonl", help="rows are appended here")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile of the reference, as a peer")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile of eager PyTorch, as a peer")
+    parser.add_argument(
+        "--peers",
+        default=",".join(peers.DEFAULT),
+        help=f"libraries to compare with, of {', '.join(peers.NAMES)}; '' for none",
+    )
     parser.add_argument("--commit", help="what was measured, where git cannot say")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on any machine; nothing is written")
     options = parser.parse_args(argv)
@@ -372,6 +384,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = ops.cases(machine.device)
     if unknown := set(options.op) - {case.op for case in cases}:
         parser.error(f"no op {sorted(unknown)[0]!r}, expected some of {', '.join(case.op for case in cases)}")
+    names = [name for name in options.peers.split(",") if name]
+    if unknown := set(names) - set(peers.NAMES):
+        parser.error(f"no peer {sorted(unknown)[0]!r}, expected some of {', '.join(peers.NAMES)}")
+    libraries, missing = peers.load(names)
     if options.compile:  # a graph's backward runs many times here, so it must not reuse what it has saved
         importlib.import_module("torch._functorch.config").donated_buffer = False
 
@@ -387,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine.find_ceilings()
     print(f"{machine.name}: copy {machine.bytes_per_s / 1e9:.4g} GB/s, bf16 product", end=" ")
     print(f"{machine.flops_per_s / 1e12:.4g} TFLOP/s", flush=True)
-    bench = Bench(machine, facts(machine, commit), emit, options.compile)
+    bench = Bench(machine, facts(machine, commit), emit, options.compile, libraries, notes=missing)
     for case in cases:
         if not options.op or case.op in options.op:
             started = time.perf_counter()

@@ -1,13 +1,15 @@
 """``perf/run.py`` with tiny shapes: every op's entry works, wrong results get no row, rows are complete."""
 
+import ast
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
 from oprule import DEVICE
 
-from perf import ops, run
+from perf import ops, peers, run
 from unsloth_core import ops as uc
 
 KEYS = {
@@ -24,9 +26,9 @@ def machine():
     return machine
 
 
-def measured(machine, case):
+def measured(machine, case, libraries=None):
     rows = []
-    bench = run.Bench(machine, run.facts(machine, "none"), rows.append)
+    bench = run.Bench(machine, run.facts(machine, "none"), rows.append, libraries=libraries or {})
     bench.op(case)
     return bench, rows
 
@@ -42,7 +44,7 @@ def test_entry(machine, op):
     assert {"ours", "torch"} <= {row["impl"] for row in rows}
     assert {row["direction"] for row in rows} in ({"fwd"}, {"fwd", "bwd"}, {"fwd+bwd"})
     for row in rows:
-        assert row.keys() == KEYS
+        assert row.keys() == KEYS | (set(run.RATIOS) if op == "attention" else set())
         assert json.loads(json.dumps(row)) == row
         assert row["op"] == op and row["shape"] == list(CASES[op].tiny)
         assert row["ms"] > 0 and row["gbps"] > 0 and row["tflops"] > 0 and row["ratio_to_best_peer"] > 0
@@ -66,6 +68,68 @@ def test_a_peer_that_does_not_run_is_a_note(machine):
     bench, rows = measured(machine, case)
     assert bench.failures == [] and bench.notes == ["glu missing: NotImplementedError: not on this machine"]
     assert {row["impl"] for row in rows} == {"ours", "torch"}
+
+
+@pytest.fixture(scope="module")
+def eager():
+    libraries, notes = peers.load(["pytorch"])
+    assert notes == []
+    return libraries
+
+
+def test_eager_pytorch_computes_the_same(machine, eager):
+    assert eager.keys() <= CASES.keys()
+    for op in eager:
+        bench, rows = measured(machine, CASES[op], eager)
+        assert not bench.failures and not bench.notes
+        assert "eager" in {row["impl"] for row in rows}
+
+
+def test_a_library_that_is_not_there_is_a_note(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    sys.modules.pop("perf.peers.liger", None)
+    libraries, notes = peers.load(["liger"])
+    assert libraries == {} and len(notes) == 1 and notes[0].startswith("liger: ModuleNotFoundError: ")
+
+
+def test_every_peer_has_an_adapter_and_names_cases_that_exist():
+    for name in peers.NAMES:
+        source = ast.parse((run.ROOT / "perf" / "peers" / f"{name}.py").read_text("utf-8"))
+        values = [node.value for node in source.body if isinstance(node, ast.Assign) and node.targets[0].id == "PEERS"]
+        assert {key.value for key in values[0].keys} <= CASES.keys() | {"layer_norm", "softmax"}
+
+
+def test_a_peer_that_writes_gets_copies_and_its_preparation_is_not_timed(machine):
+    prepared = []
+
+    def prepare(gate_up):
+        prepared.append(gate_up)
+        return (peers.fresh(gate_up),)
+
+    def writes(gate_up):
+        y = uc.glu(gate_up)
+        with torch.no_grad():
+            gate_up.zero_()
+        return y
+
+    case = dataclasses.replace(
+        CASES["glu"], costs=lambda *args: {"fwd": CASES["glu"].costs(*args)["fwd"]}, wanted=lambda x: []
+    )
+    bench, rows = measured(machine, case, {"glu": {"writes": peers.Peer(writes, prepare)}})
+    assert not bench.failures and not bench.notes and "writes" in {row["impl"] for row in rows}
+    assert all(t.count_nonzero() > 0 for t in prepared)
+
+
+def test_attention_states_its_speed_beside_cudnn_and_flash(machine):
+    def sdpa(*args):
+        return CASES["attention"].peers["sdpa"](*args)
+
+    case = dataclasses.replace(CASES["attention"], peers={**CASES["attention"].peers, "sdpa cudnn": sdpa})
+    _, rows = measured(machine, case)
+    for direction in ("fwd", "bwd"):
+        some = {row["impl"]: row for row in rows if row["direction"] == direction}
+        expected = some["sdpa cudnn"]["ms"] / some["ours"]["ms"]
+        assert some["ours"]["ratio_to_cudnn"] == pytest.approx(expected, rel=2e-3)
 
 
 def test_ratio_is_the_fastest_peers_time_over_this_one(machine):

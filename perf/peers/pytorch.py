@@ -1,0 +1,54 @@
+"""Eager PyTorch as its users write it, in the dtype of the model: what a fused kernel has to beat."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DISTRIBUTION = ""  # rows name the version of PyTorch anyway
+
+
+def add_rms_norm(x: Tensor, res: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Two calls."""
+    h = x + res
+    return h, F.rms_norm(h, w.shape, w, eps=1e-6)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The half-split rotation of transformers' models."""
+    cos, sin = (torch.cat([t, t], -1).to(q.dtype)[:, None] for t in (cos, sin))
+
+    def turned(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat([-b, a], -1) * sin
+
+    return turned(q), turned(k)
+
+
+def glu(gate_up: Tensor) -> Tensor:
+    """Activation, then product."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def linear_lora(x: Tensor, w: Any) -> Tensor:
+    """Three products, as PEFT has them; the adapters are in the dtype of the model."""
+    (part,) = w.parts
+    low = F.linear(x, part.a.to(x.dtype))
+    return F.linear(x, w.base) + part.scale * F.linear(low, part.b.to(x.dtype))
+
+
+def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    """All logits at once, in fp32 for the loss."""
+    return F.cross_entropy(F.linear(x, w).float(), targets, reduction="sum")
+
+
+PEERS = {
+    "add_rms_norm": add_rms_norm,
+    "rope": rope,
+    "glu": glu,
+    "linear": F.linear,
+    "linear_lora": linear_lora,
+    "linear_cross_entropy": linear_cross_entropy,
+}
