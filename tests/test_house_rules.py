@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 NOT_OPS = {
     "__init__": "lists the ops",
     "checks": "demands on tensors that ops share; they are tested through every op",
+    "dynamic_map": "an 8-bit number format that nf4 and the optimizer share",
     "language": "functions that kernels share; they are tested through every op",
 }
 # ops/ files whose op has no gradient: of the contract's names only `cost`; the rest holds.

@@ -1,6 +1,8 @@
 """NF4: bit-exact in both directions, judged by an oracle that searches the nearest entry in float64."""
 
 import dataclasses
+import importlib.util
+import itertools
 import math
 
 import hypothesis.strategies as st
@@ -9,9 +11,10 @@ import torch
 from hypothesis import example, given
 from oprule import ABSENT, DEVICE, DTYPES, rand
 
-from unsloth_core import backend
+from unsloth_core import backend, tree
 from unsloth_core.cost import Cost
 from unsloth_core.ops import nf4
+from unsloth_core.ops.dynamic_map import dynamic_map
 from unsloth_core.reference import nf4 as reference
 from unsloth_core.weights import NF4, Nested
 
@@ -33,7 +36,7 @@ def test_decoding_is_exact(shape, dtype, nested, block):
     if nested:
         absmax = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8).to(DEVICE)
         scales = rand((-(-blocks // 256),), seed=2).abs() * 0.03
-        state = Nested(absmax_P=scales, code_256=nf4.dynamic_map(DEVICE), offset=rand((), seed=3).abs() * 0.05)
+        state = Nested(absmax_P=scales, code_256=dynamic_map(DEVICE), offset=rand((), seed=3).abs() * 0.05)
     w = NF4(codes=codes, absmax=absmax, nested=state, shape=shape, dtype=dtype, block=block)
     with backend.using("triton"):
         ours = nf4.dequantize(w)
@@ -101,13 +104,67 @@ def test_values_checked_by_hand():
     assert w.codes[3:].unique().tolist() == [0x77]
 
 
+@given(
+    shape=SHAPES,
+    dtype=st.sampled_from(DTYPES),
+    block=st.sampled_from(nf4.BLOCKS),
+    nested=st.booleans(),
+    odd=st.sampled_from([0.0, float("nan"), float("inf"), -float("inf"), 1e-42]),
+)
+@example(shape=(67, 256), dtype=torch.bfloat16, block=32, nested=True, odd=0.0)  # 536 blocks: ragged nested blocks
+@example(shape=(3, 4099), dtype=torch.float16, block=4096, nested=True, odd=1e-42)
+@example(shape=(0, 64), dtype=torch.float32, block=64, nested=False, odd=0.0)
+def test_kernels_and_reference_quantise_to_the_same_bits(shape, dtype, block, nested, odd):
+    """Also where the last block is ragged, a block is all zeros or tiny, or holds a number that is none."""
+    t = rand(shape, dtype, seed=block, scale=0.02)
+    t.view(-1)[:block] *= 0 if odd in (0.0, 1e-42) else 1
+    t.view(-1)[: max(1, block // 3)] += odd
+    found = []
+    for name in backend.NAMES:
+        with backend.using(name):
+            found.append(nf4.quantize(t, double_quant=nested, block=block))
+    ours, theirs = found
+    for a, b in zip(tree.leaves(ours), tree.leaves(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# What bitsandbytes 0.50 makes of BY_BITSANDBYTES in blocks of 64, the last one ragged.
+BY_BITSANDBYTES = rand((5, 30), torch.bfloat16, seed=3, scale=0.02)
+CODES = (
+    "68b514bc83e5ad6a5c05268b8ac64268755153407992ab325633c3cdb9d9dd7b5c8e2499567f"
+    "3777d6212759567628a4969849322b59988b812c778c48756355ba6266551abae61390db18"
+)
+ABSMAX, OFFSET, NESTED = [0.04443359375, 0.0625, 0.03857421875], 0.0485026054084301, 0.0139973945915699
+
+
+@pytest.mark.parametrize("name", backend.NAMES)
+def test_bitsandbytes(name):
+    """Its codes and statistics, as it gave them once, and as it gives them where it is installed."""
+    with backend.using(name):
+        w, single = nf4.quantize(BY_BITSANDBYTES), nf4.quantize(BY_BITSANDBYTES, double_quant=False)
+    assert bytes(w.codes.tolist()).hex() == CODES and single.absmax.tolist() == ABSMAX
+    assert w.nested.offset.item() == pytest.approx(OFFSET, rel=2**-23)  # the order of a sum differs between devices
+    assert w.nested.absmax_P.tolist() == pytest.approx([NESTED], rel=2**-20)
+    if importlib.util.find_spec("bitsandbytes"):
+        bitsandbytes = importlib.import_module("bitsandbytes.functional")
+        for shape, block in itertools.product([(5, 128), (64, 1024)], nf4.BLOCKS[:4]):
+            t = rand(shape, torch.bfloat16, seed=block, scale=0.02).cpu()
+            codes, state = bitsandbytes.quantize_4bit(t, blocksize=block, compress_statistics=True, quant_type="nf4")
+            with backend.using(name if DEVICE.type == "cpu" else "reference"):
+                w = nf4.quantize(t, block=block)
+            assert torch.equal(w.codes, codes.view(-1)) and torch.equal(w.nested.offset, state.offset)
+            assert torch.equal(w.nested.absmax_P, state.state2.absmax)
+            # Its CPU library takes a neighbour within 1e-5 of a midpoint; its other backends take the nearest.
+            assert (w.absmax.int() - state.absmax.int()).abs().max() <= 1
+
+
 def test_zeros_encode_zeros():
     w = nf4.quantize(torch.zeros(2, 64, device=DEVICE))
     assert w.codes.unique().tolist() == [0x77] and torch.equal(nf4.dequantize(w), torch.zeros(2, 64, device=DEVICE))
 
 
 def test_dynamic_map():
-    points = nf4.dynamic_map()
+    points = dynamic_map()
     assert points.shape == (256,) and (points.diff() > 0).all()
     assert points[127] == 0 and points[255] == 1 and points[0] == pytest.approx(-0.99296874)
     assert torch.equal(points[:127], -points[128:255].flip(0))

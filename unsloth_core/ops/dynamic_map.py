@@ -1,0 +1,52 @@
+"""The 8-bit dynamic maps: 256 numbers in [-1, 1] or [0, 1], dense near 0, and the nearest of them.
+
+Seven decades 10^-7 ... 1, each with twice the points of the one below, at equal distances within it; 0; and 1. The
+signed map (NF4's double quantisation, Adam's first moment) has 127 numbers below 0, the unsigned one (Adam's second
+moment) twice as many per decade. Dettmers, arXiv 1511.04561 and 2110.02861; the entries are bitsandbytes' to the bit.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def dynamic_map(where: torch.device | str = "cpu", *, signed: bool = True) -> Tensor:
+    """The map, (256,) fp32 ascending."""
+    positive = []
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i * (1 if signed else 2) + 1, dtype=torch.float32)
+        positive.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6))
+    points = torch.cat(positive)
+    negative = -points if signed else points[:0]
+    # Built on the CPU: linspace may differ in the last bit between devices.
+    return torch.cat([negative, points, torch.tensor([0.0, 1.0])]).sort().values.to(where)
+
+
+@functools.cache
+def tables(where: torch.device, signed: bool) -> tuple[Tensor, Tensor]:
+    """The map on a device, and the 255 midpoints of its neighbours: what :func:`nearest` takes."""
+    points = dynamic_map(signed=signed)
+    return points.to(where), ((points[:-1] + points[1:]) / 2).to(where)
+
+
+@triton.jit
+def nearest(x, midpoints, SIGNED: tl.constexpr):
+    """int32 index of the entry nearest to fp32 ``x``, the lower one at a midpoint; 255 for NaN: torch.bucketize's.
+
+    Inside a decade the index is a line in |x|, flatter from decade to decade, so their minimum is the index to within
+    one; and one midpoint decides. (A search for it would read eight.)
+    """
+    S: tl.constexpr = 1 if SIGNED else 2
+    size = tl.abs(x)
+    index = size * (1e6 * S / 0.9) + (8 / 9 * S + 0.5 - S)
+    for i in tl.static_range(1, 7):
+        index = tl.minimum(index, size * (1e6 * S / 0.9 * 0.2**i) + (8 / 9 * S * 2**i + 0.5 - S))
+    index = tl.minimum(index, 254.0).to(tl.int32)  # the entry, or the one before it
+    if SIGNED:
+        index = tl.where(x < 0, 126 - index, 127 + index)
+    index = tl.minimum(tl.maximum(index, 0), 254)
+    index += (x > tl.load(midpoints + index)).to(tl.int32)
+    return tl.where(x == x, index, 255)
