@@ -3,6 +3,7 @@
 #   make check        lint, types, import order
 #   make test         the whole suite on the CPU (kernels run in Triton's interpreter)
 #   make gpu          the same suite compiled on a CUDA machine, with the packages that Python already has
+#   make gate         compile every kernel for GPUs that are not there, and judge registers, spills and loads (CPU)
 #   make notebooks    execute notebooks/*.py into .ipynb
 #   make perf         measure every op on a CUDA machine; ARGS=--smoke tries the code without one
 #   make plots        draw perf/records/ops.jsonl into docs/
@@ -14,8 +15,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 ARGS ?=
+OTHER_TRITON := 3.6.0
 
-.PHONY: quickstart test check gpu notebooks perf plots
+.PHONY: quickstart test check gate gpu notebooks perf plots
 .DEFAULT_GOAL := check
 
 quickstart: $(VENV)/.installed
@@ -30,6 +32,18 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+# With both of the Tritons that we care for: they allocate registers differently. Both run, also when the first complains.
+gate: $(VENV)/.installed-test .triton-$(OTHER_TRITON)/.installed
+	@status=0; for other in "" .triton-$(OTHER_TRITON); do \
+		env -u TRITON_INTERPRET PYTHONPATH=$$other $(BIN)/python perf/gate.py --jobs $(JOBS) $(ARGS) || status=1; \
+	done; exit $$status
+
+# Beside the environment and not in it: torch comes from there, this Triton goes first on the path.
+.triton-$(OTHER_TRITON)/.installed: $(VENV)/.installed-test
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$(OTHER_TRITON)
+	@touch $@
 
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest $(ARGS)

@@ -1,0 +1,255 @@
+"""What the compile gate runs: the cases of ``perf/ops.py``, and what reaches the rest of the launch tables.
+
+Nothing here has a value: tensors are shapes, dtypes and strides. To reach a row of a table, add a shape that picks it.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perf import ops as perf_ops
+from perf.gate import Recorder, Row, Target
+from perf.ops import Case, Random, Shape
+from unsloth_core import ops as uc
+from unsloth_core import optim, tree
+from unsloth_core.optim import multi_tensor
+from unsloth_core.segments import Segments
+from unsloth_core.weights import Adapted, LoRA, Stacked
+
+attention, linear, nf4 = (importlib.import_module(f"unsloth_core.ops.{op}") for op in ("attention", "linear", "nf4"))
+
+CPU = torch.device("cpu")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+# Further shapes for the cases of perf/ops.py, which make the arguments of them, in bf16.
+WIDTHS = (64, 128, 256, 512, 1000, 1024, 2048, 16384, 32768, 65536)  # 1000 is not divisible by 16
+SHAPES: dict[str, tuple[Shape, ...]] = {
+    "embedding": tuple((256, 1000, D) for D in (64, 128, 256, 1000)),
+    "rms_norm": tuple((8192, D) for D in WIDTHS),
+    "add_rms_norm": tuple((8192, D) for D in WIDTHS),
+    "rope": ((8192, 8, 1, 256), (8192, 9, 3, 64), (8192, 6, 2, 96), (8192, 3, 1, 100)),
+    "glu": tuple((8192, F) for F in (64, 640, 1000, 1280, 1536)),
+    "cross_entropy": tuple((4096, V) for V in (256, 512, 1024, 50257)),
+    "linear_cross_entropy": tuple((4096, V, 512) for V in (256, 512, 1024, 2048, 4096, 50257)),
+    "linear": ((24, 4096, 4096), (50, 4096, 4096), (1024, 1536, 512), (300, 300, 300)),
+    "linear_lora": ((1, 4096, 4096), (1024, 1536, 512), (300, 300, 300)),
+    "nf4_dequantize": ((5, 7), (24, 40)),
+}
+# fp16 differs from bf16 in conversions alone, and fp32 products use nothing in which parts differ. So fp16 is compiled
+# for one part, fp32 for that and for the one with the least shared memory; both at the first shape of each case in
+# perf/ops.py, and where a table depends on the dtype.
+OTHER_DTYPES = {"sm_90": (FP16, FP32), "sm_89": (FP32,)}
+WIDE: dict[str, tuple[Shape, ...]] = {  # in fp32
+    "rms_norm": tuple((8192, D) for D in (128, 1024, 16384, 32768)),
+    "add_rms_norm": tuple((8192, D) for D in (128, 1024, 16384, 32768)),
+    "cross_entropy": ((4096, 50257),),
+}
+
+
+def run(recorder: Recorder) -> None:
+    """Every call, in the recorder's context."""
+    for case in perf_ops.cases(CPU):
+        for shape in (*case.shapes, case.small):
+            _case(recorder, case, shape, case.dtype, alone=shape == case.shapes[0], model=True)
+        others = OTHER_DTYPES.get(recorder.target.name, ()) if case.dtype == BF16 else ()
+        for dtype in others:
+            _case(recorder, case, case.shapes[0], dtype, model=True)
+        for shape in SHAPES.get(case.op, ()):
+            _case(recorder, case, shape, case.dtype)
+        for shape in WIDE.get(case.op, ()) if FP32 in others else ():
+            _case(recorder, case, shape, FP32)
+    for calls in (_norms, _small_ops, _losses, _products, _attention, _optimizers):
+        calls(functools.partial(_call, recorder), Random.seeded(0, CPU), recorder.target)
+
+
+def _case(recorder: Recorder, case: Case, shape: Shape, dtype: torch.dtype, **options: Any) -> None:
+    args = case.make(Random.seeded(0, CPU), *shape)
+    args = tree.map(lambda t: t.to(dtype) if t.dtype == BF16 else t, args)
+    name = f"{case.op} {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
+    _call(recorder, name, case.ours, args, case.wanted, **options)
+
+
+def _call(
+    recorder: Recorder,
+    name: str,
+    op: Callable[..., Any],
+    args: Sequence[Any],
+    wanted: Callable[..., Sequence[Tensor]] = lambda *args: (),
+    *,
+    alone: bool = False,
+    model: bool = False,
+    cotangents: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda outs: [torch.empty_like(o) for o in outs],
+) -> None:
+    """Run ``op(*args)`` with all gradients ``wanted``; with ``alone`` also without any, and with each by itself.
+
+    ``model``: these are the shapes of a model, at which loads are expected to be 16 bytes wide."""
+    every = range(len(wanted(*args)))
+    for chosen in (every, *(((), *((i,) for i in every)) if alone else ())):
+        fresh = tree.map(lambda t: t.detach(), tuple(args))
+        inputs = [t.requires_grad_() for i, t in enumerate(wanted(*fresh)) if i in chosen]
+
+        def forward_and_backward(fresh: Any = fresh, inputs: Any = inputs) -> None:
+            outs = [o for o in tree.leaves(op(*fresh)) if o.requires_grad]
+            if inputs:
+                torch.autograd.grad(outs, inputs, cotangents(outs), allow_unused=True)
+
+        recorder.run(name, forward_and_backward, model=model)
+
+
+Calls = Callable[..., None]
+
+
+def _norms(call: Calls, r: Random, target: Target) -> None:
+    N, D = 8192, 4096
+    for statics in ({}, {"offset": 1.0, "casting_mode": "gemma"}):
+        name, op = f"rms_norm {statics}", functools.partial(uc.rms_norm, **statics)
+        call(f"{name} add", op, (r.normal(N, D), r.normal(D), r.normal(N, D)), lambda x, w, add: (x, w, add))
+        heads = r.normal(N, 6144).view(N, 48, 128)[:, :32]
+        call(f"{name} heads of qkv", op, (heads, r.normal(128)), lambda x, w: (x, w))
+        call(f"{name} fp32 weight", op, (r.normal(N, D), r.normal(D, dtype=FP32)), lambda x, w: (x, w))
+        op = functools.partial(uc.add_rms_norm, **statics)
+        args = (r.normal(N, D), r.normal(N, D), r.normal(D))
+        call(f"add_rms_norm {statics}", op, args, lambda x, res, w: (x, res, w))
+    args = (r.normal(N, D), r.normal(D))
+    call("rms_norm expanded dy", uc.rms_norm, args, lambda x, w: (x, w), cotangents=_expanded)
+    args = (r.normal(N, 65536), r.normal(65536), r.normal(N, 65536))
+    call("rms_norm long add", uc.rms_norm, args, lambda x, w, add: (x, w, add))
+
+
+def _dtypes(target: Target) -> tuple[torch.dtype, ...]:
+    return (BF16, *OTHER_DTYPES.get(target.name, ()))
+
+
+def _expanded(outs: Sequence[Tensor]) -> list[Tensor]:
+    """What ``y.sum()`` sends back: one number for all."""
+    return [o.new_empty(()).expand(o.shape) for o in outs]
+
+
+def _small_ops(call: Calls, r: Random, target: Target) -> None:
+    N = 8192
+    call("embedding scale", functools.partial(uc.embedding, scale=64.0), (r.ids(N, 999), r.normal(999, 4096)),
+         lambda ids, w: (w,))  # fmt: skip
+    call("embedding int32", uc.embedding, (r.ids(N, 999).int(), r.normal(999, 4096)), lambda ids, w: (w,))
+    for act in ("gelu_tanh", "gelu_erf"):
+        call(f"glu {act}", functools.partial(uc.glu, act=act), (r.normal(N, 28672),), lambda x: (x,), model=True)
+    call("glu expanded dy", uc.glu, (r.normal(N, 28672),), lambda x: (x,), cotangents=_expanded)
+    for J in (16, 48):  # partial rotation
+        angles = (r.normal(N, J, dtype=FP32), r.normal(N, J, dtype=FP32))
+        call(f"rope J={J}", uc.rope, (r.normal(N, 32, 128), r.normal(N, 8, 128), *angles), lambda q, k, *_: (q, k))
+    qkv, angles = r.normal(N, 48, 128), (r.normal(N, 64, dtype=FP32), r.normal(N, 64, dtype=FP32))
+    call("rope slices", uc.rope, (qkv[:, :32], qkv[:, 32:40], *angles), lambda q, k, *_: (q, k), model=True)
+
+
+def _losses(call: Calls, r: Random, target: Target) -> None:
+    N, V, D = 4096, 128256, 512
+    options = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
+    for dtype, statics in ((BF16, {"softcap": 30.0}), (BF16, options), (FP32, options)):
+        if dtype not in _dtypes(target):
+            continue
+        args = (r.normal(N, V, dtype=dtype), r.ids(N, V))
+        op = functools.partial(uc.cross_entropy, **statics)
+        call(f"cross_entropy {dtype} {statics}", op, args, lambda x, t: (x,))
+        args = (r.normal(N, D, dtype=dtype), r.normal(V, D, dtype=dtype), r.ids(N, V), r.ids(N, N))
+        name, op = f"linear_cross_entropy {dtype} {statics}", functools.partial(uc.linear_cross_entropy, **statics)
+        call(name, op, args, lambda x, w, *_: (x, w), alone=True)
+
+
+def _weights(r: Random, M: int, C: int) -> Iterator[tuple[str, Any, Callable[[Any], list[Tensor]]]]:
+    """(name, weight, its trained leaves): adapters on parts, of several ranks, on dense and on quantised weights."""
+
+    def lora(m: int, rank: int) -> LoRA:
+        return LoRA(a=r.normal(rank, C, dtype=FP32), b=r.normal(m, rank, dtype=FP32), scale=2.0)
+
+    dense, half = r.normal(M, C), r.normal(M // 2, C)
+    for rank in (8, 64, 128):
+        parts = (lora(M // 2, rank), lora(M // 2, rank))
+        yield f"two adapters of rank {rank}", Adapted(base=dense, parts=parts, rows=(M // 2, M // 2)), _adapters
+    yield "half of it NF4", Stacked(parts=(nf4.quantize(half), half)), lambda w: []
+
+
+def _adapters(w: Adapted) -> list[Tensor]:
+    return [leaf for part in w.parts for leaf in (part.a, part.b)]
+
+
+def _products(call: Calls, r: Random, target: Target) -> None:
+    N, M, C = 8192, 4096, 4096
+    for name, w, trained in _weights(r, M, C):
+        for rows in (N, 1):
+            args = (r.normal(rows, C), w, r.normal(M), r.normal(rows, M))
+            wanted = lambda x, w, bias, add, trained=trained: (x, *trained(w), bias)  # noqa: E731
+            call(f"linear {rows} {name}", uc.linear, args, wanted)
+    # Products that linear leaves to cuBLAS; tests and measurements run ours.
+    for dtype, rows, cols, inner in (
+        *((BF16, *size, inner) for size in ((4096, 4096), (1536, 2048), (512, 512)) for inner in (4096, 1000)),
+        *((BF16, *size, 1000) for n in (16, 32, 64) for size in ((n, 4096), (4096, n))),
+        *((FP32, *size, 4096) for size in ((16, 4096), (4096, 16), (4096, 4096)) if FP32 in _dtypes(target)),
+    ):
+        a, b = r.normal(rows, inner, dtype=dtype), r.normal(inner, cols, dtype=dtype)
+        update = (r.normal(rows, 16, dtype=dtype), r.normal(16, cols, dtype=dtype))
+        for path in ("pointers", "descriptors")[: 2 if target.capability[0] == 9 and dtype == BF16 else 1]:
+            call(f"product {rows}x{cols}x{inner} {path}", functools.partial(linear.product, path=path), (a, b))
+            op = functools.partial(linear.product, path=path, update=update)
+            call(f"product {rows}x{cols}x{inner} {path} update", op, (a, b))
+    for dtype in _dtypes(target):
+        for nested in (True, False):
+            w = nf4.quantize(r.normal(4096, 4096, dtype=dtype), double_quant=nested)
+            call(f"nf4 {dtype} nested={nested}", nf4.dequantize, (w,), model=True)
+
+
+def _attention(call: Calls, r: Random, target: Target) -> None:
+    one, packed, cache = (Segments.uniform(4, length, CPU) for length in (1, 512, 8192))
+    softcap = {"window": 100, "softcap": 50.0}
+    for dtype, sizes in ((BF16, (64, 80, 96, 128, 256, 33, 100, 200)), (FP32, (64, 128, 256))):
+        for K in sizes if dtype in _dtypes(target) else ():
+            q, k, v = (r.normal(2048, heads, K, dtype=dtype) for heads in (8, 2, 2))
+            whole = K in (64, 128, 256) and dtype == BF16
+            more = ({"causal": False}, {"return_lse": True, "scale": -0.1}) if whole and K == 128 else ()
+            for statics in ({}, *((softcap,) if whole else ()), *more):
+                op = functools.partial(uc.attention, **statics)
+                call(f"attention {K} {statics}", op, (q, k, v, packed, packed), lambda q, k, v, *_: (q, k, v))
+            q, k, v = (r.normal(*shape, K, dtype=dtype) for shape in ((4, 8), (4 * 8192, 2), (4 * 8192, 2)))
+            call(f"attention {K} decode", uc.attention, (q, k, v, one, cache))
+
+
+def _optimizers(call: Calls, r: Random, target: Target) -> None:
+    for dtypes in ((FP32,), (BF16,), (BF16, FP32)):
+        leaves = [r.normal(4096, 16, dtype=dtype) for dtype in dtypes]
+        call(f"global_norm {dtypes}", optim.global_norm, (leaves,))
+        adamw = optim.adamw(max_norm=1.0)
+
+        def update(*leaves: Tensor, adamw: Any = adamw) -> Any:
+            return adamw.update(list(leaves), adamw.init(list(leaves)), list(leaves))[0]
+
+        call(f"adamw {dtypes}", update, leaves)
+        call(f"adamw {dtypes} unaligned", update, [r.normal(4097, dtype=dtype)[1:] for dtype in dtypes])
+    call("addresses under capture", lambda: multi_tensor._table_by_arguments([2**40] * 3, CPU), ())
+
+
+def rows(target: Target) -> Iterator[Row]:
+    """The launch tables of a target: each row has to be reached."""
+    lower: dict[tuple[torch.dtype, str], int] = {}
+    for (dtype, kind, size), launch in attention.configurations(target.capability).items():
+        if dtype == FP16 or dtype not in _dtypes(target):  # fp16 has the rows of bf16
+            continue
+        low = lower.get((dtype, kind), 0)
+        lower[dtype, kind] = size
+        where = {"dtype": "bf16" if dtype == BF16 else "fp32", "HEAD": range(low + 1, size + 1)}
+        where["TMA"] = kind == "sm_90"
+        for column, kernel, names in (
+            ("forward", "attention._forward", {"TOKENS": "queries", "BN": "keys"}),
+            ("decode", "attention._forward", {"BN": "keys"}),
+            ("dkdv", "attention._dkdv", {"BM": "queries", "BN": "keys"}),
+            ("dq", "attention._dq", {"BM": "queries", "BN": "keys"}),
+        ):
+            tiles = getattr(launch, column)
+            facts = {**where, **tiles.options(), **{name: getattr(tiles, field) for name, field in names.items()}}
+            yield Row(f"attention.TABLE[{kind!r}, {size}].{column} {dtype}", kernel, facts)
+    for name, config in linear.CONFIGS.items():
+        if name != "interpreted" and (FP32 in _dtypes(target) or not name.startswith("fp32")):
+            facts = {"BLOCK_M": config.m, "BLOCK_N": config.n, "BLOCK_K": config.k}
+            facts |= {"num_warps": config.warps, "num_stages": config.stages}
+            yield Row(f"linear.CONFIGS[{name!r}]", "linear._product_kernel", facts)
