@@ -168,8 +168,8 @@ def _fold(
     e = exp(z - new_L[:, None], PRECISE)
     down_L = exp(m_L - new_L, PRECISE)
     if ENTROPY:
-        gap = tl.where(e > 0.0, e * (new_L[:, None] - z), 0.0)  # where e is 0, z may be −inf
-        t_L = down_L * (t_L + s_L * (new_L - m_L)) + tl.sum(gap, axis=1)
+        gap = tl.where(e > 0.0, new_L[:, None] - z, 0.0)  # where e is 0, z may be −inf
+        t_L = down_L * (t_L + s_L * (new_L - m_L)) + tl.sum(e * gap, axis=1)
     s_L = s_L * down_L + tl.sum(e, axis=1)
     return new_L, s_L, d_L, t_L, best_L
 
@@ -264,7 +264,7 @@ def _gradient_tile(
     e = exp(z - m, PRECISE)
     grad = e * scale
     if tilt is not None:
-        grad += tl.where(e > 0.0, e * (tilt * (m - z)), 0.0)
+        grad += e * (tilt * tl.where(e > 0.0, m - z, 0.0))
     if weight_ptr is None:
         grad -= shift
     elif MASKED:
