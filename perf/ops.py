@@ -84,7 +84,7 @@ def _cost(op: str) -> Callable[..., Cost]:
 
 def _memory_bound() -> Iterator[Case]:
     norm, add_norm, rope, glu, embedding = map(_cost, ("rms_norm", "add_rms_norm", "rope", "glu", "embedding"))
-    layer_norm, softmax, dropout = map(_cost, ("layer_norm", "softmax", "dropout"))
+    layer_norm, softmax, dropout, qk_norm = map(_cost, ("layer_norm", "softmax", "dropout", "qk_norm_rope"))
     yield Case(
         op="embedding",  # tokens, vocabulary, width
         shapes=((8192, 128256, 4096),),
@@ -147,6 +147,23 @@ def _memory_bound() -> Iterator[Case]:
         costs=lambda args, N, H, G, K: {d: rope(N, H, G, K, K // 2, 2) for d in ("fwd", "bwd")},
     )
     yield Case(
+        op="qk_norm_rope",  # tokens, query heads, key heads, head size
+        shapes=((8192, 32, 8, 128),),
+        small=(256, 32, 8, 128),
+        tiny=(4, 2, 1, 8),
+        make=lambda r, N, H, G, K: (
+            *(r.normal(N, H, K), r.normal(N, G, K), r.normal(K), r.normal(K)),
+            *_angles(r, N, K // 2),
+        ),
+        wanted=lambda q, k, wq, wk, cos, sin: [q, k, wq, wk],
+        ours=uc.qk_norm_rope,
+        peers={"torch": backend.reference("qk_norm_rope"), "rms_norm, rope": _norm_then_rope},
+        costs=lambda args, N, H, G, K: {
+            "fwd": qk_norm(N, H, G, K, K // 2, 2),
+            "bwd": qk_norm(N, H, G, K, K // 2, 2, backward=True),
+        },
+    )
+    yield Case(
         op="glu",  # tokens, ffn
         shapes=((8192, 14336),),
         small=(256, 14336),
@@ -180,6 +197,11 @@ def _memory_bound() -> Iterator[Case]:
         peers={"torch": functools.partial(backend.reference("dropout"), p=0.1)},
         costs=lambda args, N, D: {d: dropout(N, D, 2) for d in ("fwd", "bwd")},
     )
+
+
+def _norm_then_rope(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Our three ops in place of the one."""
+    return uc.rope(uc.rms_norm(q, wq), uc.rms_norm(k, wk), cos, sin)
 
 
 def _angles(random: Random, N: int, J: int) -> tuple[Tensor, Tensor]:
