@@ -210,7 +210,8 @@ def _angles(random: Random, N: int, J: int) -> tuple[Tensor, Tensor]:
 
 
 def _losses() -> Iterator[Case]:
-    loss, linear_loss = _cost("cross_entropy"), _cost("linear_cross_entropy")
+    loss, linear_loss, logprob = map(_cost, ("cross_entropy", "linear_cross_entropy", "linear_logprob"))
+    loss_and_grad = importlib.import_module("unsloth_core.ops.cross_entropy").loss_and_grad
     yield Case(
         op="cross_entropy",  # tokens, vocabulary
         shapes=((4096, 128256),),
@@ -226,6 +227,16 @@ def _losses() -> Iterator[Case]:
         costs=lambda args, N, V: {"fwd": loss(N, V, 2), "bwd": loss(N, V, 2, backward=True)},
     )
     yield Case(
+        op="cross_entropy_loss_and_grad",  # tokens, vocabulary; the cotangent is known, so one kernel gives both
+        shapes=((4096, 128256),),
+        small=(64, 128256),
+        tiny=(4, 40),
+        make=lambda r, N, V: (r.normal(N, V), r.ids(N, V)),
+        ours=loss_and_grad,
+        peers={"torch": backend.reference("cross_entropy.loss_and_grad")},
+        costs=lambda args, N, V: {"fwd": loss(N, V, 2, backward=True)},
+    )
+    yield Case(
         op="linear_cross_entropy",  # tokens, vocabulary, width; the head is frozen, dx is made in the forward pass
         shapes=((8192, 128256, 4096),),
         small=(512, 128256, 4096),
@@ -235,6 +246,28 @@ def _losses() -> Iterator[Case]:
         ours=uc.linear_cross_entropy,
         peers={"torch": backend.reference("linear_cross_entropy"), **_chunked_of_pytorch()},
         costs=lambda args, N, V, D: {"fwd+bwd": linear_loss(N, D, V, N, 2, dx=True)},
+    )
+    yield Case(
+        op="linear_cross_entropy_low_memory",  # the same in chunks of 512 tokens
+        shapes=((8192, 128256, 4096),),
+        small=(1024, 128256, 4096),
+        tiny=(4, 40, 32),
+        make=lambda r, N, V, D: (r.normal(N, D), r.matrix(V, D), r.ids(N, V)),
+        wanted=lambda x, w, targets: [x],
+        ours=lambda *args: uc.linear_cross_entropy(*args, chunk_logits=2**26),
+        peers={"torch": backend.reference("linear_cross_entropy")},
+        costs=lambda args, N, V, D: {"fwd+bwd": linear_loss(N, D, V, N, 2, dx=True)},
+    )
+    yield Case(
+        op="linear_logprob",  # tokens, vocabulary, width; the head is frozen, only the log-probability gets a cotangent
+        shapes=((8192, 128256, 4096),),
+        small=(512, 128256, 4096),
+        tiny=(4, 40, 32),
+        make=lambda r, N, V, D: (r.normal(N, D), r.matrix(V, D), r.ids(N, V)),
+        wanted=lambda x, w, targets: [x],
+        ours=lambda *args: uc.linear_logprob(*args)[0],
+        peers={"torch": lambda *args: backend.reference("linear_logprob")(*args)[0]},
+        costs=lambda args, N, V, D: {"fwd+bwd": logprob(N, D, V, N, 2, dx=True)},
     )
 
 

@@ -30,6 +30,7 @@ CALLS = {
     "layer_norm": lambda: ops.layer_norm(x, w[0], w[1]),
     "linear": lambda: ops.linear(x, w),
     "linear_cross_entropy": lambda: ops.linear_cross_entropy(x, w, ids),
+    "linear_logprob": lambda: ops.linear_logprob(x, w, ids),
     "qk_norm_rope": lambda: ops.qk_norm_rope(heads, heads, w[0, :8], w[1, :8], x[:, :4], x[:, 4:8]),
     "rms_norm": lambda: ops.rms_norm(x, w[0]),
     "rope": lambda: ops.rope(heads, heads, x[:, :4], x[:, 4:8]),

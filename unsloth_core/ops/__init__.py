@@ -12,6 +12,7 @@ from .glu import glu
 from .layer_norm import layer_norm
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
+from .linear_logprob import linear_logprob
 from .qk_norm_rope import qk_norm_rope
 from .rms_norm import rms_norm
 from .rope import rope
@@ -27,6 +28,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_logprob",
     "qk_norm_rope",
     "rms_norm",
     "rope",
