@@ -19,7 +19,7 @@ Limits: any strides of q, k, cos, sin and cotangents (fast with a last stride of
 slice of a qkv product); wq and wk contiguous. Outputs are new and contiguous. No gradient flows to cos and sin.
 
 How: a program takes a few tokens with all their heads in tiles of (tokens, heads, pairs), as in :mod:`.rope`. Both
-halves of a head, and what passes through, lie in the same lanes, so a head's sum of squares stays within a warp. The
+halves of a head, and what passes through, lie in the same lanes: a head's sums stay within a warp up to K = 256. The
 weight gradients are summed without atomics: a fixed set of programs walks over the tokens, adds up the tile of u ∘ x̂
 in fp32 registers and writes one partial row for q and one for k; a second kernel adds the rows in order. A frozen
 weight has no sums, and with both frozen each program takes one tile.
@@ -256,20 +256,23 @@ def _tile(H: int, G: int, K: int, J: int, pairs: int) -> dict[str, int]:
     return {"BLOCK_T": tokens, "BLOCK_H": heads, "BLOCK_J": block_j, "BLOCK_REST": rest}
 
 
-def _side(x: Tensor, w: Tensor, rstd: Tensor, dy: Tensor, needs_x: bool, needs_w: bool, programs: int) -> Any:
+def _side(residuals: Any, dy: Tensor, needs_x: bool, needs_w: bool, programs: int) -> Any:
     """What the kernel gets of q or of k: x, w, rstd, dy, dx and the partial rows of dw; strides of x and dy."""
+    x, w, rstd = residuals
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
     partial = torch.empty((programs, x.shape[2]), dtype=torch.float32, device=x.device) if needs_w else None
     return (x, w, rstd, dy, dx, partial), (*x.stride(), *dy.stride())
 
 
-def _weight_gradient(x: Any, w: Any, rstd: Any, dy: Any, dx: Any, partial: Any) -> Any:
-    """dw, the sum of its partial rows, or ABSENT if there are none."""
+def _gradients(side: Any) -> tuple[Any, Any]:
+    """dx, and dw as the sum of its partial rows; ABSENT where there is none."""
+    (_, w, _, _, dx, partial), _ = side
+    dx = ABSENT if dx is None else dx
     if partial is None:
-        return ABSENT
+        return dx, ABSENT
     dw = torch.empty(w.shape, dtype=w.dtype, device=w.device)
     sum_partials(partial, dw)
-    return dw
+    return dx, dw
 
 
 # --------------------------------------------------------------------------------------------------------- op
@@ -344,7 +347,7 @@ def qk_norm_rope_bwd(
     if wanted[0] and needs[2] or wanted[1] and needs[3]:  # at least four tiles each keep the partial rows few
         programs = min(cdiv(programs, 4), _PROGRAMS_PER_SM * sms(cos_NJ.device))
     q, k = (
-        _side(*of, d, needs[i], needs[i + 2], programs) if want else _NO_SIDE
+        _side(of, d, needs[i], needs[i + 2], programs) if want else _NO_SIDE
         for i, (of, d, want) in enumerate(zip(of_heads, dy, wanted))
     )
     launch(
@@ -352,8 +355,7 @@ def qk_norm_rope_bwd(
         N, *q[1], *k[1], *cos_NJ.stride(), *sin_NJ.stride(), offset=offset, H=H, G=G, K=K, J=J, **blocks,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    dq, dk = (ABSENT if side[0][4] is None else side[0][4] for side in (q, k))
-    dwq, dwk = (_weight_gradient(*side[0]) for side in (q, k))
+    (dq, dwq), (dk, dwk) = _gradients(q), _gradients(k)
     return dq, dk, dwq, dwk, ABSENT, ABSENT
 
 
