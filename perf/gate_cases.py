@@ -20,7 +20,9 @@ from unsloth_core.optim import multi_tensor
 from unsloth_core.segments import Segments
 from unsloth_core.weights import Adapted, LoRA, Stacked
 
-attention, linear, nf4 = (importlib.import_module(f"unsloth_core.ops.{op}") for op in ("attention", "linear", "nf4"))
+attention, linear, nf4, nf4_matvec = (
+    importlib.import_module(f"unsloth_core.ops.{op}") for op in ("attention", "linear", "nf4", "nf4_matvec")
+)
 
 CPU = torch.device("cpu")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -31,10 +33,14 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "embedding": tuple((256, 1000, D) for D in (64, 128, 256, 1000)),
     "rms_norm": tuple((8192, D) for D in WIDTHS),
     "add_rms_norm": tuple((8192, D) for D in WIDTHS),
+    "layer_norm": tuple((8192, D) for D in WIDTHS),
+    "softmax": tuple((8192, D) for D in (*WIDTHS, 50257)),
+    "qk_norm_rope": ((8192, 8, 1, 256), (8192, 9, 3, 64), (8192, 6, 2, 96)),
     "rope": ((8192, 8, 1, 256), (8192, 9, 3, 64), (8192, 6, 2, 96), (8192, 3, 1, 100)),
     "glu": tuple((8192, F) for F in (64, 640, 1000, 1280, 1536)),
     "cross_entropy": tuple((4096, V) for V in (256, 512, 1024, 50257)),
     "linear_cross_entropy": tuple((4096, V, 512) for V in (256, 512, 1024, 2048, 4096, 50257)),
+    "linear_logprob": tuple((4096, V, 512) for V in (256, 1024, 50257)),
     "linear": ((24, 4096, 4096), (50, 4096, 4096), (1024, 1536, 512), (300, 300, 300)),
     "linear_lora": ((1, 4096, 4096), (1024, 1536, 512), (300, 300, 300)),
     "nf4_dequantize": ((5, 7), (24, 40)),
@@ -46,6 +52,8 @@ OTHER_DTYPES = {"sm_90": (FP16, FP32), "sm_89": (FP32,)}
 WIDE: dict[str, tuple[Shape, ...]] = {  # in fp32
     "rms_norm": tuple((8192, D) for D in (128, 1024, 16384, 32768)),
     "add_rms_norm": tuple((8192, D) for D in (128, 1024, 16384, 32768)),
+    "layer_norm": tuple((8192, D) for D in (128, 1024, 16384, 32768)),
+    "softmax": tuple((8192, D) for D in (128, 1024, 16384, 32768)),
     "cross_entropy": ((4096, 50257),),
 }
 
@@ -116,6 +124,9 @@ def _norms(call: Calls, r: Random, target: Target) -> None:
         call(f"add_rms_norm {statics}", op, args, lambda x, res, w: (x, res, w))
     args = (r.normal(N, D), r.normal(D))
     call("rms_norm expanded dy", uc.rms_norm, args, lambda x, w: (x, w), cotangents=_expanded)
+    call("layer_norm plain", uc.layer_norm, (r.normal(N, D),), lambda x: (x,))
+    args = (r.normal(N, D), r.normal(D), r.normal(D), r.normal(N, D))
+    call("layer_norm add", uc.layer_norm, args, lambda x, w, b, add: (x, w, b, add))
     args = (r.normal(N, 65536), r.normal(65536), r.normal(N, 65536))
     call("rms_norm long add", uc.rms_norm, args, lambda x, w, add: (x, w, add))
 
@@ -198,6 +209,19 @@ def _products(call: Calls, r: Random, target: Target) -> None:
         for nested in (True, False):
             w = nf4.quantize(r.normal(4096, 4096, dtype=dtype), double_quant=nested)
             call(f"nf4 {dtype} nested={nested}", nf4.dequantize, (w,), model=True)
+
+    for dtype in _dtypes(target):
+        for M, C in ((14336, 4096), (4096, 14336), (1024, 2048), (512, 576)):
+            for tokens in (1, 3, 8):
+                for nested in (True, False) if tokens == 1 else (True,):
+                    args = (
+                        r.normal(tokens, C, dtype=dtype),
+                        nf4.quantize(r.normal(M, C, dtype=dtype), double_quant=nested),
+                    )
+                    name = f"nf4_matvec {tokens}x{M}x{C} nested={nested}"
+                    call(name, nf4_matvec.nf4_matvec, args, model=M == 14336)
+    args = (r.normal(1, 4096), nf4.quantize(r.normal(4096, 4096)), r.normal(4096), r.normal(1, 4096))
+    call("nf4_matvec bias add", nf4_matvec.nf4_matvec, args)
 
 
 def _attention(call: Calls, r: Random, target: Target) -> None:
