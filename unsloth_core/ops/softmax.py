@@ -65,7 +65,7 @@ def _forward(
     x = tl.load(x_ptr + row_offset(row, inner, x_outer, x_inner) + col, inside, other=0.0).to(tl.float32)
     x = tl.where(col < D, x, float("-inf"))
     e = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
-    y = e * (1.0 / tl.sum(e, axis=1, keep_dims=True))
+    y = e * tl.div_rn(1.0, tl.sum(e, axis=1, keep_dims=True))
     tl.store(y_ptr + row.to(tl.int64) * D + col, cast(y, y_ptr.dtype.element_ty), inside)
 
 
@@ -86,7 +86,7 @@ def _forward_long(
         sums = sums * tl.exp(highest - level) + tl.exp(x - level)
         highest = raised
     m = tl.max(highest, axis=0)
-    scale = 1.0 / tl.sum(sums * tl.exp(highest - m), axis=0)  # NaN if m is -inf
+    scale = tl.div_rn(1.0, tl.sum(sums * tl.exp(highest - m), axis=0))  # NaN if m is -inf
     for start in tl.range(0, D, BLOCK, num_stages=STAGES):
         col = start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + col, col < D, other=float("-inf")).to(tl.float32)
