@@ -16,6 +16,7 @@ from torch import Tensor
 from unsloth_core.ops.embedding import embedding
 from unsloth_core.ops.glu import glu
 from unsloth_core.ops.linear import linear
+from unsloth_core.ops.qk_norm_rope import qk_norm_rope
 from unsloth_core.ops.rms_norm import rms_norm
 from unsloth_core.ops.rope import rope
 from unsloth_core.rotary import Rotary
@@ -156,7 +157,12 @@ def spec(cfg: Config, i: int) -> AttentionSpec:
 
 def norm(x: Tensor, w: Tensor, cfg: Config, name: str, add: Any = ABSENT) -> Tensor:
     """Gemma's RMSNorm, and what it is added to: one rounding for all of it."""
-    return rms_norm(x, w, add, eps=cfg.rms_norm_eps, offset=1.0, casting_mode="gemma", name=name)
+    return rms_norm(x, w, add, **norm_options(cfg), name=name)
+
+
+def norm_options(cfg: Config) -> dict[str, Any]:
+    """What makes a norm Gemma's: the stored weight is w - 1, and nothing is rounded before the end."""
+    return {"eps": cfg.rms_norm_eps, "offset": 1.0, "casting_mode": "gemma"}
 
 
 def embed(w: Weights, tokens_N: Tensor, cfg: Config) -> Tensor:
@@ -168,9 +174,10 @@ def pre(w: Layer, x_ND: Tensor, rot: tuple[Tensor, Tensor], cfg: Config) -> tupl
     """Everything before attention; token-local."""
     n_ND = norm(x_ND, w.norm1, cfg, "norm1")
     q_NHK, k_NGK, v_NGK = split_heads(linear(n_ND, w.qkv, name="qkv"), cfg)
-    if w.q_norm is not ABSENT:
-        q_NHK, k_NGK = norm(q_NHK, w.q_norm, cfg, "q_norm"), norm(k_NGK, w.k_norm, cfg, "k_norm")
-    q_NHK, k_NGK = rope(q_NHK, k_NGK, *rot, name="rope")
+    if w.q_norm is ABSENT:
+        q_NHK, k_NGK = rope(q_NHK, k_NGK, *rot, name="rope")
+    else:  # Gemma 3
+        q_NHK, k_NGK = qk_norm_rope(q_NHK, k_NGK, w.q_norm, w.k_norm, *rot, **norm_options(cfg), name="rope")
     return q_NHK, k_NGK, v_NGK
 
 

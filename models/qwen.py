@@ -17,6 +17,7 @@ from torch import Tensor
 from unsloth_core.ops.embedding import embedding
 from unsloth_core.ops.glu import glu
 from unsloth_core.ops.linear import linear
+from unsloth_core.ops.qk_norm_rope import qk_norm_rope
 from unsloth_core.ops.rms_norm import rms_norm
 from unsloth_core.ops.rope import rope
 from unsloth_core.rotary import Rotary
@@ -133,10 +134,10 @@ def pre(w: Layer, x_ND: Tensor, rot: tuple[Tensor, Tensor], cfg: Config) -> tupl
     """Everything before attention; token-local."""
     n_ND = rms_norm(x_ND, w.norm1, eps=cfg.rms_norm_eps, name="norm1")
     q_NHK, k_NGK, v_NGK = split_heads(linear(n_ND, w.qkv, w.qkv_bias, name="qkv"), cfg)
-    if w.q_norm is not ABSENT:
-        q_NHK = rms_norm(q_NHK, w.q_norm, eps=cfg.rms_norm_eps, name="q_norm")
-        k_NGK = rms_norm(k_NGK, w.k_norm, eps=cfg.rms_norm_eps, name="k_norm")
-    q_NHK, k_NGK = rope(q_NHK, k_NGK, *rot, name="rope")
+    if w.q_norm is ABSENT:
+        q_NHK, k_NGK = rope(q_NHK, k_NGK, *rot, name="rope")
+    else:  # Qwen 3
+        q_NHK, k_NGK = qk_norm_rope(q_NHK, k_NGK, w.q_norm, w.k_norm, *rot, eps=cfg.rms_norm_eps, name="rope")
     return q_NHK, k_NGK, v_NGK
 
 
