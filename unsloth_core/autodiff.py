@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import backend, tree
+from . import backend, tracing, tree
 from .segments import Segments
 from .tree import ABSENT, Tree
 from .weights import Weight
@@ -39,11 +39,10 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
     one gradient per argument, ABSENT where there is none. Arguments are trees of tensors, statics are keyword-only.
     ``needs`` mirrors the arguments with booleans. The op accepts ``name=``, by which policies and reports know the
     call, and carries its pair as ``f.fwd`` and ``f.bwd`` for schedules that call them directly. With the reference
-    backend the plain PyTorch function of the same name runs under PyTorch's own autograd; so it does where
-    ``torch.compile`` traces foreign code on a CPU (:func:`unsloth_core.backend.using` is not seen there)."""
+    backend the plain PyTorch function of the same name runs under PyTorch's own autograd. ``torch.compile`` keeps a
+    call as two operators, forward and backward (:mod:`unsloth_core.tracing`); autocast does not reach inside."""
     op_name = fwd.__name__.removesuffix("_fwd")
     own_file = fwd.__module__ == f"unsloth_core.ops.{op_name}"
-    plain = backend.reference(op_name) if own_file else None  # found now: nothing is imported while compiling
     signature = inspect.signature(fwd)
     parameters = [p for p in signature.parameters.values() if p.name != "needs"]
     arguments = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -70,13 +69,20 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
 
     def op(*args: Any, name: str = op_name, **keywords: Any) -> Any:
         args = bind(args, keywords)
-        if torch.compiler.is_compiling() and plain is not None and backend.by_device(args[0].device) == "reference":
-            return plain(*args, **keywords)  # neither context variables nor trees can be read here
+        if torch.compiler.is_dynamo_compiling():
+            tracing.prepare()
+            return tracing.call(identity, args, name, repr(keywords))
+        return run(args, name, keywords)
+
+    def run(args: tuple[Any, ...], name: str, keywords: dict[str, Any]) -> Any:
         leaves, spec = tree.flatten(args)
         if not all(isinstance(leaf, Tensor) for leaf in leaves) or not all(isinstance(args[i], k) for i, k in kinds):
             raise TypeError(_misfit(op_name, arguments, args))
         if not leaves:
             raise TypeError(f"{op_name}: no argument has a tensor")
+        if _under_autocast(leaves):
+            with torch.autocast(leaves[0].device.type, enabled=False):
+                return run(args, name, keywords)
         tape = _tape.get()
         reference = backend.reference(op_name) if backend.resolve(leaves[0]) == "reference" else None
         if reference is not None and (tape is None or tape.runs(name)):
@@ -91,6 +97,8 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
             return _Op.apply(call, *leaves)
         return call.forward(leaves, tape.needs(name, leaves) if tape else [False] * len(leaves))[0]
+
+    identity = tracing.register(run, fwd)
 
     def op_fwd(*args: Any, needs: Tree, **keywords: Any) -> tuple[Any, Tree]:
         leaves = tree.leaves(args)
@@ -109,6 +117,11 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
         op.__doc__ = f"{inspect.cleandoc(fwd.__doc__ or '')}\n\n{inspect.cleandoc(fwd.__globals__['__doc__'] or '')}"
     op.fwd, op.bwd = op_fwd, op_bwd  # type: ignore[attr-defined]
     return op
+
+
+def _under_autocast(leaves: Sequence[Tensor]) -> bool:
+    where = leaves[0].device.type
+    return where in ("cuda", "cpu") and torch.is_autocast_enabled(where)
 
 
 def _kind(p: inspect.Parameter) -> tuple[type, ...]:
@@ -141,14 +154,29 @@ class _Call:
         self.name, self.pair, self.spec, self.statics, self.tape = name, pair, spec, statics, tape
 
     def forward(self, leaves: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Any, Tree]:
-        args, tree_of_needs = tree.unflatten(leaves, self.spec), tree.unflatten(needs, self.spec)
         if self.tape is None:
-            return self.pair[0](*args, needs=tree_of_needs, **self.statics)
-        return self.tape(self.name, leaves, lambda: self.pair[0](*args, needs=tree_of_needs, **self.statics))
+            return self.run(leaves, needs)
+        return self.tape(self.name, leaves, lambda: self.run(leaves, needs))
+
+    def run(self, leaves: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Any, Tree]:
+        tree_of_needs = tree.unflatten(needs, self.spec)
+
+        def fwd(tensors: Sequence[Tensor]) -> tuple[Any, Tree]:
+            return self.pair[0](*tree.unflatten(tensors, self.spec), needs=tree_of_needs, **self.statics)
+
+        return tracing.opaque(fwd, leaves) if torch.compiler.is_compiling() else fwd(leaves)
 
     def backward(self, residuals: Tree, cotangent: Any, needs: Sequence[bool]) -> list[Tensor | None]:
         tree_of_needs = tree.unflatten(needs, self.spec)
-        gradients = self.pair[1](residuals, cotangent, needs=tree_of_needs, **self.statics)
+
+        def bwd(residuals: Tree, cotangent: Any) -> tuple[Any, ...]:
+            return self.pair[1](residuals, cotangent, needs=tree_of_needs, **self.statics)
+
+        if torch.compiler.is_compiling():
+            tensors, spec = tree.flatten((residuals, cotangent))
+            gradients = tracing.opaque(lambda tensors: bwd(*tree.unflatten(tensors, spec)), tensors)
+        else:
+            gradients = bwd(residuals, cotangent)
         flat = [g for one, need in zip(gradients, tree_of_needs, strict=True) for g in tree.broadcast(one, need)]
         return [g if need and g is not ABSENT else None for g, need in zip(flat, needs, strict=True)]
 
@@ -171,10 +199,13 @@ class _Op(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        given = tuple(ABSENT if ct is None else ct for ct in cotangents)
-        needs = ctx.needs_input_grad[1:]
-        if not any(ct is not ABSENT for ct in given):
+        given = tuple([ABSENT if ct is None else ct for ct in cotangents])
+        needs, present = ctx.needs_input_grad[1:], [ct for ct in given if ct is not ABSENT]
+        if not present:
             return (None, *[None] * len(needs))
+        if _under_autocast(present):  # backward was called inside it
+            with torch.autocast(present[0].device.type, enabled=False):
+                return _Op.backward(ctx, *cotangents)
         residuals = tree.unflatten(list(ctx.saved_tensors), ctx.residual_spec)
         return (None, *ctx.call.backward(residuals, given if ctx.several else given[0], needs))
 

@@ -44,6 +44,20 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def is_fake(t: Tensor) -> bool:
+    """True of a tensor with a shape and no memory, as torch.compile and FakeTensorMode pass around."""
+    if t.__class__ is Tensor:
+        return False
+    from torch._subclasses.fake_tensor import FakeTensor  # not sooner: it is slow to import, and seldom needed
+
+    return isinstance(t, FakeTensor)
+
+
+def aligned(t: Tensor, to: int) -> bool:
+    """Whether ``t`` starts at a multiple of ``to`` bytes; a fake tensor might."""
+    return is_fake(t) or t.data_ptr() % to == 0
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """``kernel[grid](*args, **options)`` on the device of the first tensor argument; an empty grid launches nothing.
 
@@ -51,13 +65,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     Triton finds the compiled kernel of a call anew each time, in some 40 us of Python; here a dictionary does, in 5.
     Backward runs in threads of autograd's engine, where neither the user's current device nor Triton's allocator (a
     context variable, needed by tensor descriptors made on the device) is set: both are set here, at every launch.
+    Nothing is launched for fake tensors.
     """
-    if 0 in grid:
+    first = next(a for a in args if isinstance(a, Tensor))
+    if 0 in grid or is_fake(first):
         return
     if _INTERPRETING:
         kernel[grid](*args, **options)
         return
-    device = next(a for a in args if isinstance(a, Tensor)).device
+    device = first.device
     triton.set_allocator(_allocate)
     if device.index == torch.cuda.current_device():
         _launch(device.index, kernel, grid, args, options)

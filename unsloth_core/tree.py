@@ -6,6 +6,7 @@ pytree registry, so trees made here are understood by ``torch.compile``, ``torch
 is JAX's, the dataclass form Equinox's."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
@@ -124,7 +125,8 @@ def pytree(cls: type[_T]) -> type[_T]:
     _NODES[cls] = _Node(to_children, to_context, from_children, lambda _: children)
     pt.register_pytree_node(  # foreign code (torch.compile, torch.export) sees the same nodes
         cls,
-        lambda node: (list(to_children(node)), to_context(node)),
+        # In words that torch.compile can trace.
+        lambda node: ([getattr(node, name) for name in children], tuple([getattr(node, name) for name in statics])),
         from_children,
         flatten_with_keys_fn=to_keyed_children,
         serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
@@ -133,8 +135,10 @@ def pytree(cls: type[_T]) -> type[_T]:
 
 
 def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """``node -> (node.a, node.b, ...)``, written out: as fast as attrgetter, and torch.compile can trace it."""
-    return eval(f"lambda node: ({''.join(f'node.{name}, ' for name in names)})")
+    """``node -> (node.a, node.b, ...)`` in one C call; attrgetter of one name gives no tuple, of none is refused."""
+    if len(names) > 1:
+        return operator.attrgetter(*names)
+    return lambda node: tuple(getattr(node, name) for name in names)
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Spec]:

@@ -774,7 +774,7 @@ def _by_tma(*tensors: Tensor) -> bool:
     if device.capability(tensors[0].device)[0] not in (9, 10) and not device.interpreting():
         return False  # before Hopper descriptors are pointers in disguise; for sm_120 Triton 3.6 spills with them
     return sum(_pieces(size)) == size and all(
-        t.element_size() == 2 and t.numel() > 0 and t.stride(2) == 1 and t.data_ptr() % 16 == 0
+        t.element_size() == 2 and t.numel() > 0 and t.stride(2) == 1 and device.aligned(t, 16)
         and 0 < t.stride(0) < 2**31
         and t.stride(0) % 8 == 0 and t.stride(1) % 8 == 0 and t.shape[1] * t.stride(1) < 2**31
         for t in tensors

@@ -358,7 +358,7 @@ def _layout(t: Tensor) -> tuple[bool, int] | None:
     """(stored transposed, stride of its rows) if a tensor descriptor can address this matrix, else None."""
     for transposed, stored in ((False, t), (True, t.T)):
         stride = stored.stride(0)
-        aligned = stride * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+        aligned = stride * t.element_size() % 16 == 0 and device.aligned(t, 16)
         if stored.stride(1) == 1 and stride >= stored.shape[1] > 0 and stored.shape[0] > 0 and aligned:
             return transposed, stride
     return None

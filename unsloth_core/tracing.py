@@ -1,0 +1,83 @@
+"""What ``torch.compile`` sees of an op: one operator forward, one backward, whose kernels run as in eager code.
+
+Dynamo leaves the call of an op alone (:func:`unsloth_core.autodiff.custom_vjp` marks it with ``nonstrict_trace``), and
+AOTAutograd walks through it in plain Python, with tensors that have a shape and no memory. There each half of an op's
+pair becomes a node ``unsloth_core::run(tensors, number)``. A PyTorch operator returns a flat list of new tensors, but a
+pair returns trees in which arguments stand as residuals; :func:`opaque` takes them apart and puts them together again.
+"""
+
+import ast
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import tree
+from .tree import Tree
+
+_OPS: dict[str, Callable[[tuple[Any, ...], str, dict[str, Any]], Any]] = {}
+_FUNCTIONS: list["_Function"] = []
+
+
+def register(run: Callable[[tuple[Any, ...], str, dict[str, Any]], Any], fwd: Callable[..., Any]) -> str:
+    """Make ``run(args, name, statics)`` reachable for :data:`call`, by the name that is returned."""
+    identity = f"{fwd.__module__}.{fwd.__qualname__}"
+    _OPS[identity] = run
+    return identity
+
+
+def _call(identity: str, args: tuple[Any, ...], name: str, statics: str) -> Any:
+    return _OPS[identity](args, name, ast.literal_eval(statics))
+
+
+call: Any = _call  # the same, marked, once somebody compiles
+
+
+def prepare() -> bool:
+    """Mark :data:`call` as one that Dynamo leaves alone. Dynamo runs this function itself, while it compiles."""
+    global call
+    if call is _call:
+        import torch._dynamo  # not sooner: it takes a second or more
+
+        call = torch._dynamo.nonstrict_trace(_call)
+    return True
+
+
+prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
+
+
+class _Function:
+    """``f(tensors) -> tree`` as one that returns its new tensors only; ``places`` says where each leaf came from."""
+
+    def __init__(self, f: Callable[[list[Tensor]], Tree]) -> None:
+        self.f, self.number = f, len(_FUNCTIONS)
+        self.spec: Any = None
+        self.places: list[tuple[bool, int]] = []  # (is it new?, index)
+        _FUNCTIONS.append(self)
+
+    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+        leaves, self.spec = tree.flatten(self.f(tensors))
+        given = {id(t): (False, i) for i, t in enumerate(tensors)}
+        new = list({id(t): t for t in leaves if id(t) not in given}.values())
+        given |= {id(t): (True, i) for i, t in enumerate(new)}
+        self.places = [given[id(t)] for t in leaves]
+        return new
+
+
+@torch.library.custom_op("unsloth_core::run", mutates_args=())
+def _run(tensors: list[Tensor], number: int) -> list[Tensor]:
+    return _FUNCTIONS[number](tensors)
+
+
+@_run.register_fake
+def _(tensors: list[Tensor], number: int) -> list[Tensor]:
+    return _FUNCTIONS[number](tensors)  # launches of kernels do nothing for such tensors
+
+
+def opaque(f: Callable[[list[Tensor]], Tree], tensors: Sequence[Tensor]) -> Tree:
+    """``f(tensors)`` as one node of the graph that is being traced. ``f`` reads no other tensors and writes to none."""
+    function = _Function(f)
+    given = list(tensors)
+    new = torch.ops.unsloth_core.run(given, function.number)
+    return tree.unflatten([(new if fresh else given)[i] for fresh, i in function.places], function.spec)
