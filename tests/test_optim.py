@@ -10,8 +10,8 @@ from oprule import DEVICE, assert_op_rule, rand
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import unsloth_core.backend as backend
-from unsloth_core import optim, tree
-from unsloth_core.optim import multi_tensor
+from unsloth_core import checkpoint, optim, tree
+from unsloth_core.optim import blockwise, multi_tensor
 from unsloth_core.tree import ABSENT
 from unsloth_core.weights import LoRA
 
@@ -201,6 +201,137 @@ def test_views_that_are_not_aligned_to_sixteen_bytes():
     assert torch.equal(optim.global_norm(grads), optim.global_norm([grads[0].clone()]))
 
 
+LEAST = blockwise.LEAST  # elements of a leaf whose states are stored in 8 bits
+
+
+def states(opt, params, grads_by_step, donate=False):
+    ours, state = tree.map(torch.clone, params), opt.init(params)
+    for grads in grads_by_step:
+        ours, state = opt.update(grads, state, ours, donate=donate)
+    return ours, state
+
+
+@pytest.mark.parametrize("state_dtype", ["8bit", torch.bfloat16])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_small_states_are_the_reference_s(state_dtype, mixed):
+    """A leaf just under and at the limit, one with a ragged block and a ragged tile; the same kinds, or a mixture."""
+    sizes = (17, LEAST - 1, LEAST, LEAST + 389) if mixed else (LEAST, LEAST + 389)
+    dtypes = [FLOATS[i % 3] for i in range(len(sizes))] if mixed else [torch.float32] * len(sizes)
+    params, grads = numbers(sizes, dtypes, 0), [numbers(sizes, dtypes, 10 * k + 10, scale=10.0**-k) for k in range(3)]
+    opt = optim.adamw(lr=1e-2, state_dtype=state_dtype, **OPTIONS)
+    with backend.using("triton"):
+        ours, state = states(opt, params, grads)
+        assert_same((ours, state), states(opt, params, grads, donate=True))
+        assert_same((ours, state), states(opt, params, grads))
+    with backend.using("reference"):
+        theirs, expected = states(opt, params, grads)
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=2 * torch.finfo(p.dtype).eps, atol=1e-6)
+    for (path, a), b in zip(tree.items((state.m, state.v)), tree.leaves((expected.m, expected.v)), strict=True):
+        if a.dtype == torch.uint8:  # a last bit of an fp32 sum may take a number past a midpoint
+            assert (a.int() - b.int()).abs().max() <= 1 and (a != b).sum() <= 3, path
+        else:
+            torch.testing.assert_close(a, b, rtol=2**-7 if a.dtype == torch.bfloat16 else 1e-6, atol=1e-9)
+    small = [torch.float32 if state_dtype == "8bit" else torch.bfloat16, torch.float32]
+    for p, m, v in zip(params, state.m, state.v, strict=True):
+        eight = state_dtype == "8bit" and p.numel() >= LEAST
+        assert (isinstance(m, optim.Blockwise), isinstance(v, optim.Blockwise)) == (eight, eight)
+        assert eight or [m.dtype, v.dtype] == small
+
+
+def test_8_bit_states_in_bytes():
+    """10.06 bytes per bf16 parameter: p twice and g once at 2, and the states read and written."""
+    state = optim.adamw(state_dtype="8bit").init([torch.zeros(64, 256, device=DEVICE)])
+    assert 6 + 2 * tree.nbytes((state.m, state.v)) / (64 * 256) == pytest.approx(10.06, abs=0.003)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_8_bit_numbers(signed):
+    """To the nearest; what is not zero does not become zero where that would harm; zeros stay."""
+    x = rand((3, 1367), seed=0) * 10.0 ** rand((3, 1367), seed=1)
+    x = x if signed else x.square()
+    x[0, :300] = 0.0
+    x[1, 5] = -1e-30 if signed else 1e-30
+    packed = blockwise.encode(x, signed=signed)
+    assert packed.codes.shape == x.shape and packed.absmax.shape == (17,)
+    back = blockwise.decode(packed, signed=signed)
+    largest = packed.absmax.repeat_interleave(256)[: x.numel()].view(x.shape)
+    # Half the widest gap of the highest decade, and the entry -1 that the signed map has not.
+    assert ((back - x).abs() <= (0.0071 if signed else 0.0036) * largest).all()
+    assert (back[0, :256] == 0).all()
+    assert (back[x < 0] < 0).all() if signed else (back[x > 0] > 0).all()
+    nothing = blockwise.zeros(x, signed=signed)
+    assert (blockwise.decode(nothing, signed=signed) == 0).all()
+    assert_same(blockwise.encode(torch.zeros_like(x), signed=signed), nothing)
+
+
+def test_8_bit_training_follows_fp32():
+    """A least-squares problem: the loss falls as far, though every state is rounded at every step."""
+    a, b = rand((64, 128), seed=0), rand((64, 64), seed=1)
+    losses = {}
+    for state_dtype in (torch.float32, torch.bfloat16, "8bit"):
+        opt = optim.adamw(lr=2e-2, state_dtype=state_dtype)
+        w = {"w": torch.zeros(128, 64, device=DEVICE)}
+        state = opt.init(w)
+        with backend.using("reference"):
+            for _ in range(60):
+                w, state = opt.update({"w": a.T @ (a @ w["w"] - b) / 64}, state, w)
+        losses[state_dtype] = float((a @ w["w"] - b).square().mean())
+    assert losses["8bit"] < 1.2 * losses[torch.float32] and losses[torch.bfloat16] < 1.2 * losses[torch.float32]
+    assert losses[torch.float32] < 0.05
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_a_gradient_that_is_not_finite_skips_its_element_of_8_bit_states(name, bad):
+    params, grads = numbers([LEAST + 3], [torch.float32], 0), [numbers([LEAST + 3], [torch.float32], k) for k in (1, 2)]
+    opt = optim.adamw(lr=0.1, weight_decay=0.5, state_dtype="8bit")
+    with backend.using(name):
+        ours, state = opt.update(grads[0], opt.init(params), params)
+        poisoned = [grads[1][0].clone()]
+        poisoned[0][1000] = bad
+        new, after = opt.update(poisoned, state, ours)
+        healthy, _ = opt.update(grads[1], state, ours)
+        everywhere, kept = opt.update([torch.full_like(params[0], bad)], state, ours)
+    others = torch.arange(LEAST + 3, device=DEVICE) != 1000
+    assert new[0][1000] == ours[0][1000] and torch.equal(new[0][others], healthy[0][others])
+    assert torch.isfinite(after.m[0].absmax).all() and torch.isfinite(after.v[0].absmax).all()
+    assert torch.equal(everywhere[0], ours[0])
+    assert_same(kept.v, state.v)
+    before, now = (blockwise.decode(t.m[0], signed=True) for t in (state, kept))  # rounded once more: the map has no -1
+    torch.testing.assert_close(now, before, rtol=0, atol=0.02 * float(before.abs().max()))
+
+
+def test_8_bit_states_are_saved_and_resumed_to_the_same_bits(tmp_path):
+    params = {"x": LoRA(a=rand((16, 300), seed=0), b=rand((5, 16), seed=1), scale=1.0)}
+    grads = [tree.map(lambda p, k=k: rand(tuple(p.shape), seed=k), params) for k in range(4)]
+    opt = optim.adamw(lr=1e-2, state_dtype="8bit")
+    straight = states(opt, params, grads)
+    half = states(opt, params, grads[:2])
+    path = checkpoint.save(tmp_path, 2, half, {})
+    ours, state = checkpoint.load(path, (params, opt.init(params)))
+    for g in grads[2:]:
+        ours, state = opt.update(g, state, ours)
+    assert_same((ours, state), straight)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        checkpoint.load(path, (params, optim.adamw(lr=1e-2).init(params)))
+
+
+def test_8_bit_states_are_one_launch_and_capturable(monkeypatch):
+    params, grads = numbers((5, LEAST, 5000), FLOATS, 0), numbers((5, LEAST, 5000), FLOATS, 10)
+    opt = optim.adamw(state_dtype="8bit")
+    with backend.using("triton"):
+        state = opt.init(params)
+        expected = opt.update(grads, state, params)
+        launched = count_launches(monkeypatch)
+        assert_same(opt.update(grads, state, params), expected)
+    assert launched == ["_adamw_kernel"]
+    with FakeTensorMode(), backend.using("reference"):
+        params = [torch.randn(70, 80)]
+        new, _ = opt.update(params, opt.init(params), params)
+        assert new[0].shape == (70, 80)
+
+
 def test_addresses_can_travel_as_kernel_arguments():
     tensors = [torch.zeros(n, device=DEVICE) for n in range(1, 2 * multi_tensor.ARGUMENTS)]
     addresses = [t.data_ptr() for t in tensors]
@@ -332,6 +463,11 @@ def test_what_is_refused():
         (lambda: optim.adamw(eps=-1.0), "eps"),
         (lambda: optim.adamw(lr=-1.0), "rate"),
         (lambda: optim.adamw(max_norm=0.0), "max_norm"),
+        (lambda: optim.adamw(state_dtype=torch.float16), "state_dtype = torch.float16, expected one of"),
+        (
+            lambda: optim.adamw(state_dtype=torch.bfloat16).update({"w": x}, state, {"w": x}),
+            "its state torch.float32 .*, a state as state_dtype = torch.bfloat16 makes it",
+        ),
         (lambda: optim.cosine(1e-3, 5, warmup=5), "steps = 5, expected more than warmup = 5"),
         (lambda: optim.linear(-1e-3, 5), "peak = -0.001"),
         (lambda: optim.clip_factor(x, 0.0), "max_norm = 0.0"),
