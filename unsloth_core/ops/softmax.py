@@ -21,7 +21,7 @@ walked twice: first every lane keeps the maximum of its own columns and the sum 
 when the maximum rises, and lanes are merged at the end; then the result is written. Backward walks likewise. The
 second walk is meant to hit L2, so all warps of a multiprocessor share one or two rows: of 128256 numbers in bf16
 132 rows are 34 MB. Compiled for sm_90 by Triton 3.6.0, in bf16 at widths of 4096 and 8192: 31 and 32 registers
-forward, 48 and 49 backward (walks: 43 and 32), no spills, loads and stores of 16 bytes. Where 16 does not divide
+forward, 48 and 49 backward (walks: 46 and 32), no spills, loads and stores of 16 bytes. Where 16 does not divide
 the width or the distance of rows, they are 2 bytes wide.
 
 Sources of ideas: online softmax, Milakov & Gimelshein (arXiv 1805.02867).
