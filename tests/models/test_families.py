@@ -1,5 +1,6 @@
 """What every family does beyond computing: files, generation, adapters as PEFT reads them, the text part of others."""
 
+import dataclasses
 import json
 import string
 import warnings
@@ -11,12 +12,15 @@ import torch
 import transformers
 from oprule import DEVICE
 from safetensors.torch import load_file, save_file
-from tiny import BASE, GEMMA3, MIXED, VERSIONS, judge, ours
+from tiny import BASE, GEMMA3, MIXED, VERSIONS, checkpoint_of, judge, ours
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unsloth_core import backend, lora, random, tree
+from unsloth_core.autodiff import SAVE, value_and_grad
+from unsloth_core.data import from_tokens
 from unsloth_core.generate import generate
-from unsloth_core.load import load, named_tensors
-from unsloth_core.models import FAMILIES
+from unsloth_core.load import load, named_tensors, read_weights
+from unsloth_core.models import FAMILIES, family_of
 from unsloth_core.ops import nf4
 
 SOME = ("mistral-7b-v0.1", "mistral-nemo", "ministral", "qwen2.5", "qwen3", "phi-3-mini-4k", "phi-4-mini")
@@ -72,6 +76,34 @@ def test_a_folder_that_transformers_wrote(version, tmp_path):
     assert model.logits(params, tokens()).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("version", "without", "added"),
+    [
+        ("qwen3", "model.layers.1.self_attn.k_norm.weight", "model.layers.0.self_attn.v_proj.bias"),
+        ("qwen2.5", "model.layers.0.self_attn.q_proj.bias", "model.layers.1.self_attn.q_norm.weight"),
+        ("gemma2", "model.layers.0.post_feedforward_layernorm.weight", "model.layers.0.self_attn.q_norm.weight"),
+        ("gemma-2b", "model.layers.1.input_layernorm.weight", "model.layers.1.post_feedforward_layernorm.weight"),
+        ("mistral-nemo", "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"),
+    ],
+)
+def test_a_version_has_its_own_leaves_and_no_others(version, without, added):
+    checkpoint = checkpoint_of(make(version))
+    family = family_of(checkpoint.config)
+
+    def refused(message, **tensors):
+        changed = dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, **tensors})
+        changed.tensors = {k: v for k, v in changed.tensors.items() if v is not None}
+        with pytest.raises(ValueError, match=message):
+            read_weights(
+                changed, family.Weights, family.Config.from_hf(changed.config), device=DEVICE, dtype=torch.float32
+            )
+
+    refused(f"1 tensors are missing: {without}", **{without: None})
+    refused(f"1 tensors that the config has no place for: {added}", **{added: torch.ones(4)})
+    everywhere = {f"model.layers.{i}.{without.split('.', 3)[3]}": None for i in range(2)}
+    refused("tensors are missing", **everywhere)  # an optional leaf that no layer has is missing all the same
+
+
 @each
 def test_greedy_equals_transformers(version, tmp_path):
     hf = make(version)
@@ -109,6 +141,20 @@ def test_peft_reads_our_adapters_and_we_read_its(version, tmp_path):
     again = lora.load(tmp_path / "theirs", params)
     assert again.keys() == adapters.keys()
     assert all(torch.equal(a, b) for a, b in zip(tree.leaves(again), tree.leaves(adapters), strict=True))
+
+
+@each
+def test_training_step_never_waits_for_the_device(version):
+    hf = make(version)
+    with backend.using("reference"):
+        model, params = ours(hf)
+        batch = from_tokens(tokens().cpu(), vocab_size=97).to(DEVICE)
+        adapters = lora.init(random.key(0), params, rank=2)
+        with FakeTensorMode() as mode:  # has no data: a sync or a size that depends on a value raises
+            params, adapters, batch = (tree.map(mode.from_tensor, t) for t in (params, adapters, batch))
+            step = value_and_grad(lambda t: model.loss(lora.adapt(params, t), batch, policy={"attn": SAVE})[0])
+            loss, grads = step(adapters)
+    assert loss.shape == () and [g.shape for g in tree.leaves(grads)] == [t.shape for t in tree.leaves(adapters)]
 
 
 # ---- the text part of a multimodal checkpoint
