@@ -53,7 +53,7 @@ def test_op_rule(N, V, dtype, options, spread, apart, index, seed):
 
 @given(
     N=st.sampled_from([1, 4]),
-    V=st.sampled_from([1, 97, 530]),
+    V=st.sampled_from([1, 97, 270]),
     dtype=st.sampled_from(DTYPES),
     weight_dtype=st.sampled_from(DTYPES),
     options=OPTIONS,
@@ -139,6 +139,24 @@ def test_loss_and_grad(N, V, dtype, options, apart, weighted, given, donate, see
     assert gradient.dtype == dtype and not gradient.requires_grad
     assert (gradient.data_ptr() == logits.data_ptr()) == (donate or N == 0) and gradient.shape == (N, V)
     assert donate or torch.equal(logits, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lanes", [32, 64, 128, 256, 512, 1024])
+def test_every_launch_configuration(lanes, dtype):
+    """Each width of tile, where a row is walked once and where it is twice, with rows off a 16-byte boundary."""
+    V = lanes * 16 // dtype.itemsize - 3
+    V = 2 * V + lanes if lanes == 1024 else V
+    logits, targets = rand((3, V), dtype, seed=lanes, scale=3), torch.tensor([1, V - 1, V // 2], device=DEVICE)
+    assert module.tiles(logits, 2)["LANES"] == lanes and module.tiles(logits, 1)["LANES"] == min(lanes, 256)
+    check_op(cross_entropy, (logits, targets), {"label_smoothing": 0.1})
+    plain = backend.reference("cross_entropy.loss_and_grad")
+    truth, same = (plain(x, targets, label_smoothing=0.1) for x in (logits.double(), logits))
+    for donate in (False, True):
+        with backend.using("triton"):
+            ours = loss_and_grad(logits.clone(), targets, label_smoothing=0.1, donate=donate)
+        for o, p, t in zip(ours, same, truth, strict=True):
+            assert_op_rule(o, p, t, f"loss_and_grad, donate={donate}")
 
 
 @pytest.mark.parametrize("donate", [False, True])
