@@ -53,7 +53,6 @@ def make():
 def rows(count=30):
     """Examples of different lengths."""
 
-
     def text(i, n):
         return " ".join(f"w{(7 * i + 3 * j) % 97}" for j in range(n))
 
@@ -297,6 +296,19 @@ def test_killed_and_resumed_equals_never_killed(where, call, left, whole, tmp_pa
     assert not list(tmp_path.rglob(".*"))  # nothing temporary is left
 
 
+def test_a_run_with_8_bit_states_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(optim.blockwise, "LEAST", 1)  # so that the leaves of a tiny model are stored so
+    whole = run(tmp_path / "whole", optimizer_states="8bit")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in(patch, "checkpoint.save", 2)
+        run(tmp_path / "killed", optimizer_states="8bit")
+    assert_same_run(whole, run(tmp_path / "killed", optimizer_states="8bit"), tmp_path / "whole", tmp_path / "killed")
+    saved = load_file(next((tmp_path / "whole" / "checkpoints").iterdir()) / "state.safetensors")
+    assert torch.uint8 in {t.dtype for t in saved.values()}
+    with pytest.raises(ValueError, match="was made with another optimizer_states"):
+        run(tmp_path / "whole", optimizer_states="fp32")
+
+
 def test_killed_again_and_again(whole, tmp_path, monkeypatch):
     for call in (4, 3, 2):
         with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -462,6 +474,7 @@ def test_schedules(schedule, tmp_path):
         ({"lr": "fast"}, "lr is 'fast', expected float"),
         ({"lr": -1.0}, "finetune: lr is -1.0, expected a number of at least 0"),
         ({"lr": float("nan")}, "finetune: lr is nan, expected a number of at least 0"),
+        ({"optimizer_states": "4bit"}, "finetune: optimizer_states is '4bit', expected one of .'fp32'"),
         ({"weight_decay": -0.1}, "finetune: weight_decay is -0.1, expected a number of at least 0"),
         ({"tokens": 1}, "finetune: tokens is 1, expected at least 2"),
         ({"targets": 3}, r"targets is 3, expected str or list\[str\]"),

@@ -24,7 +24,7 @@ from .data import read_examples
 from .generate import Prompt, stream
 from .load import load
 from .models.decoder import Model
-from .train import SCHEDULES, Options
+from .train import OPTIMIZER_STATES, SCHEDULES, Options
 from .train import finetune as run_finetune
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -43,6 +43,7 @@ OPTION_HELP = {
     "schedule": f"How the learning rate changes: {', '.join(SCHEDULES)}.",
     "warmup": "Steps in which the learning rate rises to its highest.",
     "weight_decay": "AdamW's weight decay.",
+    "optimizer_states": f"How AdamW stores its moments: {', '.join(OPTIMIZER_STATES)}. 8bit takes a quarter as much.",
     "max_norm": "Longest gradient; a longer one is scaled down to it. inf: never.",
     "steps": "Number of updates. Default: as many as the epochs hold.",
     "epochs": "How often every example is seen.",

@@ -27,6 +27,7 @@ from .lora import Adapters
 from .models.decoder import Model
 
 SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZER_STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": "8bit"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Options:
     schedule: str = "linear"
     warmup: int = 5  # steps
     weight_decay: float = 0.0
+    optimizer_states: str = "fp32"  # how AdamW stores its two moments: fp32, bf16 (the first of them) or 8bit
     max_norm: float = 1.0  # of the gradient; inf: no clipping
     steps: int | None = None  # None: as many as the epochs hold
     epochs: int = 1
@@ -62,6 +64,9 @@ class Options:
             _check_type("finetune", name, value)
         if self.schedule not in SCHEDULES:
             raise ValueError(f"finetune: schedule is {self.schedule!r}, expected one of {SCHEDULES}")
+        if self.optimizer_states not in OPTIMIZER_STATES:
+            got, expected = repr(self.optimizer_states), tuple(OPTIMIZER_STATES)
+            raise ValueError(f"finetune: optimizer_states is {got}, expected one of {expected}")
         if self.train_on not in ("responses", "all"):
             raise ValueError(f"finetune: train_on is {self.train_on!r}, expected 'responses' or 'all'")
         if self.tokens < 2:
@@ -200,7 +205,8 @@ def finetune(
         "cosine": lambda: optim.cosine(o.lr, steps, min(o.warmup, steps - 1)),
     }
     rate = rates[o.schedule]()
-    optimizer = optim.adamw(rate, weight_decay=o.weight_decay)
+    state_dtype = OPTIMIZER_STATES[o.optimizer_states]
+    optimizer = optim.adamw(rate, weight_decay=o.weight_decay, state_dtype=state_dtype)
     adapters = lora.init(random.key(o.seed), params, rank=o.rank, alpha=o.alpha, targets=o.targets, rslora=o.rslora)
     state = optimizer.init(adapters)
     history: list[dict[str, float]] = []

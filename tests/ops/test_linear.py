@@ -249,6 +249,16 @@ def test_the_reference_does_not_broadcast_either(bias, add):
         ops.linear(X, W, bias, add)
 
 
+@pytest.mark.parametrize("w", [W.bfloat16(), Stacked(parts=(W, W.half())), Adapted(base=W.half(), parts=(), rows=())])
+def test_neither_promotes_a_weight_of_another_dtype(w):
+    for name in backend.NAMES:
+        with (
+            backend.using(name),
+            pytest.raises(ValueError, match=r"linear: w has dtype \S+, expected torch.float32 like x"),
+        ):
+            ops.linear(X, w)
+
+
 def test_choice_of_product():
     where = torch.device("cpu")
     assert ops.choose(4096, 4096, torch.bfloat16, where, update=False, gradient=False) == (

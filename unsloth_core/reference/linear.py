@@ -36,7 +36,11 @@ def linear(x_NC: Tensor, w: Weight, bias: Tensor | Any = ABSENT, add: Tensor | A
 def _dense(w: Tensor | NF4 | Stacked, dtype: torch.dtype) -> Tensor:
     if isinstance(w, Stacked):
         return torch.cat([_dense(part, dtype) for part in w.parts])
-    return dequantize(w).to(dtype) if isinstance(w, NF4) else w
+    if isinstance(w, NF4):
+        return dequantize(w).to(dtype)
+    if w.dtype != dtype:  # no promotion
+        raise ValueError(f"linear: w has dtype {w.dtype}, expected {dtype} like x")
+    return w
 
 
 def _update(x: Tensor, part: Any, rows: int, dtype: torch.dtype) -> Tensor:
