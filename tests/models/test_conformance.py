@@ -47,36 +47,46 @@ def judged(hf, ids):
     return {"logits": logits.detach(), "loss": loss.detach(), **{n: p.grad for n, p in hf.named_parameters()}}
 
 
-def spread_of_pytorch(hf, ids, truth):
-    """Each result in float32, by the worst of transformers' attention implementations and orders of the batch.
+def worst_allowed(hf, ids, truth):
+    """Each result in float32, by the worst of what PyTorch may answer.
 
-    "PyTorch's own error" is one draw of a random number: on an H100 two differ by a factor of 3 in some tensor."""
+    A model's error in float32 is one draw of a random number: on an H100 two differ by a factor of 3 in some tensor. So
+    transformers answers with each of its attention implementations, and in float64 for weights that differ in their
+    last float32 bit: what no algorithm can tell apart, because its inputs were rounded already (backward stability)."""
     draws = []
     for implementation in ("eager",) if hf.config.model_type == "gemma2" else ("sdpa", "eager"):  # sdpa caps no scores
         hf.set_attn_implementation(implementation)
-        other = judged(hf, ids.flip(0))
-        draws += [judged(hf, ids), {**other, "logits": other["logits"].flip(0)}]
-    return {key: max((draw[key] for draw in draws), key=lambda t: float((t - truth[key]).abs().max())) for key in truth}
+        draws.append(judged(hf, ids))
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        near = copy.deepcopy(hf).double()
+        with torch.no_grad():
+            for p in near.parameters():
+                p.mul_(1 + (2 * torch.rand(p.shape, generator=g, dtype=p.dtype) - 1).to(DEVICE) * 2**-23)
+        draws.append(judged(near, ids))
+    return {
+        key: max((draw[key] for draw in draws), key=lambda t: float((t - exact).abs().max())).to(hf.dtype)
+        for key, exact in truth.items()
+    }
 
 
 def assert_conforms(hf, name):
     ids = tokens(hf)
     model, params = ours(hf)
     truth = judged(copy.deepcopy(hf).double(), ids)
-    same = spread_of_pytorch(hf, ids, truth)
+    allowed = worst_allowed(hf, ids, truth)
     batch = from_tokens(ids.cpu(), vocab_size=hf.config.vocab_size).to(DEVICE)
     with backend.using(name):
         logits = model.logits(params, ids)
         (loss, _), grads = value_and_grad(lambda p: model.loss(p, batch), has_aux=True)(params)
     got = {"logits": logits, "loss": loss, **named_tensors(grads)}
-    assert got.keys() == same.keys()
+    assert got.keys() == allowed.keys()
     for key, value in got.items():
-        assert_op_rule(value, same[key], truth[key], key, FACTOR)
+        assert_op_rule(value, allowed[key], truth[key], key, FACTOR)
 
 
-# Whole-model fp32 gradients are sums of thousands of roundings, compared by their worst element. Over 40 models the
-# reference backend's error was that of PyTorch in transformers' order times 1.0 in the median, and 4.8 at most.
-FACTOR = 6.0
+# Whole-model fp32 gradients are sums of thousands of roundings, compared by their worst element.
+FACTOR = 3.0
 
 
 @each_run
