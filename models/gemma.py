@@ -75,15 +75,17 @@ class Config:
         heads, head_dim = read.size("num_attention_heads", H), read.size("head_dim", 256)
         positions = read.size("max_position_embeddings", P)
         hf = {**raw, "max_position_embeddings": positions}
-        windows, scale, softcap, logit_softcap = (None,) * layers, head_dim**-0.5, None, None
+        windows, scale, softcap, logit_softcap, has = (None,) * layers, head_dim**-0.5, None, None, frozenset()
         if model_type != "gemma":
+            has = frozenset({"norm3", "norm4"})
             scale = read.number("query_pre_attn_scalar", 256) ** -0.5
             logit_softcap = read.number_or_null("final_logit_softcapping", 30.0 if model_type == "gemma2" else None)
         if model_type == "gemma2":
             softcap = read.number_or_null("attn_logit_softcapping", 50.0)
             windows = read.windows(read.window(4096), [i % 2 == 0 for i in range(layers)])
         if model_type == "gemma3_text":
-            read.expect("attn_logit_softcapping")
+            has |= {"q_norm", "k_norm"}
+            read.expect("attn_logit_softcapping")  # transformers reads it and never uses it
             every = read.size("sliding_window_pattern", read.size("_sliding_window_pattern", 6))
             windows = read.windows(read.window(4096), [(i + 1) % every > 0 for i in range(layers)])
             rotary = Rotary.from_hf(hf, head_dim=head_dim, layer_type="full_attention")
@@ -107,9 +109,7 @@ class Config:
             softcap=softcap,
             logit_softcap=logit_softcap,
             tie_word_embeddings=read.flag("tie_word_embeddings", True),
-            has=frozenset(
-                ("norm3", "norm4") * (model_type != "gemma") + ("q_norm", "k_norm") * (model_type == "gemma3_text")
-            ),
+            has=has,
         )
         read.finish()
         return config
