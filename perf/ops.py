@@ -18,7 +18,7 @@ from torch.optim.adamw import adamw as torch_adamw
 from unsloth_core import backend, optim, random, tree
 from unsloth_core import ops as uc
 from unsloth_core.cost import Cost
-from unsloth_core.ops import nf4
+from unsloth_core.ops import nf4, nf4_matvec
 from unsloth_core.segments import Segments
 from unsloth_core.weights import Adapted, LoRA
 
@@ -74,7 +74,7 @@ class Case:
 
 def cases(device: torch.device) -> list[Case]:
     """Every op, in the order of a forward pass."""
-    return [*_memory_bound(), *_losses(), *_products(), _attention(device), _adamw()]
+    return [*_memory_bound(), *_losses(), *_products(), _attention(device), _adamw(), _adamw("8bit")]
 
 
 def _cost(op: str) -> Callable[..., Cost]:
@@ -334,6 +334,30 @@ def _products() -> Iterator[Case]:
         peers={"torch": backend.reference("nf4.dequantize")},
         costs=lambda args, M, C: {"fwd": nf4.cost(args[0])},
     )
+    yield Case(
+        op="nf4_quantize",  # M, C
+        shapes=((14336, 4096), (4096, 4096)),
+        small=(256, 4096),
+        tiny=(4, 64),
+        make=lambda r, M, C: (r.matrix(M, C),),
+        ours=nf4.quantize,
+        peers={"torch": lambda t: backend.reference("nf4.quantize")(t, double_quant=True, block=64)},
+        costs=lambda args, M, C: {"fwd": nf4.cost(nf4.quantize(args[0]))},  # reads what decoding writes
+        compiles=False,
+    )
+    yield Case(
+        op="nf4_matvec",  # tokens, M, C
+        shapes=((1, 14336, 4096), (1, 4096, 4096), (8, 14336, 4096)),
+        small=(1, 2560, 4096),
+        tiny=(2, 8, 64),
+        make=lambda r, N, M, C: (r.normal(N, C), nf4.quantize(r.matrix(M, C))),
+        ours=nf4_matvec.nf4_matvec,
+        peers={
+            "torch": backend.reference("nf4_matvec"),
+            "decoded": lambda x, w: F.linear(x, nf4.dequantize(w).to(x.dtype)),  # the same by two of the other kernels
+        },
+        costs=lambda args, N, M, C: {"fwd": nf4_matvec.cost(N, args[1])},
+    )
 
 
 def _lora(random: Random, M: int, C: int) -> LoRA:
@@ -379,9 +403,10 @@ def _attention(device: torch.device) -> Case:
     )
 
 
-def _adamw() -> Case:
+def _adamw(states: str = "fp32") -> Case:
     options = {"lr": 2e-4, "weight_decay": 0.01}
-    optimizer = optim.adamw(**options)
+    eight = states == "8bit"
+    optimizer = optim.adamw(**options, state_dtype="8bit" if eight else torch.float32)
 
     def make(r: Random, L: int, rank: int, D: int, F: int) -> tuple[Any, ...]:
         """Parameters, gradients, state, and the counters that PyTorch keeps per parameter."""
@@ -400,11 +425,15 @@ def _adamw() -> Case:
         params, grads, m, v = (adapters() for _ in range(4))
         step = torch.full((), 3, dtype=torch.int64, device=r.generator.device)
         counters = tuple(step.float().repeat(len(tree.leaves(params))).unbind())
-        return params, grads, optim.AdamWState(step=step, m=m, v=tree.map(torch.square, v)), counters
+        state = optim.AdamWState(step=step, m=m, v=tree.map(torch.square, v))
+        if eight:  # that of a first step: codes of every size
+            state = optimizer.update(m, optimizer.init(params), params)[1]
+        return params, grads, state, counters
 
     def ours(params: Any, grads: Any, state: Any, counters: Any) -> Any:
         params, state = optimizer.update(grads, state, params)
-        return params, state.m, state.v
+        # Two fp32 sums that differ in the last bit may lie on two sides of a midpoint: codes are not compared.
+        return params if eight else (params, state.m, state.v)
 
     def reference(*args: Any) -> Any:
         with backend.using("reference"):
@@ -420,16 +449,18 @@ def _adamw() -> Case:
 
     def costs(args: Any, *shape: int) -> dict[str, Cost]:
         n = sum(p.numel() for p in tree.leaves(args[0]))
-        return {"fwd": Cost(bytes=28 * n, flops=15 * n)}  # p, g, m, v read and p, m, v written, fp32
+        state = args[2]  # p, g, m, v read and p, m, v written
+        return {"fwd": Cost(bytes=12 * n + 2 * tree.nbytes((state.m, state.v)), flops=15 * n)}
 
     return Case(
-        op="adamw",  # adapters of all seven products: layers, rank, width, ffn
+        op="adamw_8bit" if eight else "adamw",  # adapters of all seven products: layers, rank, width, ffn
         shapes=((32, RANK, 4096, 14336),),
-        small=(32, RANK, 64, 224),  # as many leaves: host time depends on their number
-        tiny=(1, 2, 32, 48),
+        # As many leaves, for host time depends on their number; and most of them large enough for 8-bit states.
+        small=(32, RANK, 256, 896) if eight else (32, RANK, 64, 224),
+        tiny=(1, RANK, 256, 272) if eight else (1, 2, 32, 48),
         make=make,
         ours=ours,
-        peers={"torch": reference, "fused": fused},
+        peers={"torch": reference} if eight else {"torch": reference, "fused": fused},
         costs=costs,
         dtype=torch.float32,
         compiles=False,

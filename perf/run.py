@@ -179,7 +179,7 @@ def check(case: Case, fn: Callable[..., Any], args: tuple[Any, ...], truth: Sequ
     for i, (got, want) in enumerate(zip(found, truth)):
         if got.shape != want.shape:
             raise ArithmeticError(f"result {i} has shape {tuple(got.shape)}, expected {tuple(want.shape)}")
-        error = float((got.float() - want).norm() / want.norm())
+        error = float((got.float() - want.float()).norm() / want.float().norm())
         if not error <= BOUND[case.dtype]:  # also for NaN
             raise ArithmeticError(f"result {i} is wrong: relative error {error:.2e}, allowed {BOUND[case.dtype]:.2e}")
 
