@@ -3,6 +3,7 @@
 Nothing here has a value: tensors are shapes, dtypes and strides. To reach a row of a table, add a shape that picks it.
 """
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from unsloth_core import ops as uc
 from unsloth_core import optim, tree
 from unsloth_core.optim import multi_tensor
 from unsloth_core.segments import Segments
-from unsloth_core.weights import Adapted, LoRA, Stacked
+from unsloth_core.weights import NF4, Adapted, LoRA, Stacked
 
 attention, linear, nf4, nf4_matvec = (
     importlib.import_module(f"unsloth_core.ops.{op}") for op in ("attention", "linear", "nf4", "nf4_matvec")
@@ -76,9 +77,16 @@ def run(recorder: Recorder) -> None:
 
 def _case(recorder: Recorder, case: Case, shape: Shape, dtype: torch.dtype, **options: Any) -> None:
     args = case.make(Random.seeded(0, CPU), *shape)
-    args = tree.map(lambda t: t.to(dtype) if t.dtype == BF16 else t, args)
+    args = tuple(_cast(arg, dtype) for arg in args)
     name = f"{case.op} {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
     _call(recorder, name, case.ours, args, case.wanted, **options)
+
+
+def _cast(arg: Any, dtype: torch.dtype) -> Any:
+    """bf16 leaves in another dtype, and a quantised weight that decodes to it."""
+    if isinstance(arg, NF4):
+        return dataclasses.replace(arg, dtype=dtype)
+    return tree.map(lambda t: t.to(dtype) if t.dtype == BF16 else t, arg)
 
 
 def _call(
