@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import backend, tracing, tree
+from .device import is_fake
 from .segments import Segments
 from .tree import ABSENT, Tree
 from .weights import Weight
@@ -164,7 +165,7 @@ class _Call:
         def fwd(tensors: Sequence[Tensor]) -> tuple[Any, Tree]:
             return self.pair[0](*tree.unflatten(tensors, self.spec), needs=tree_of_needs, **self.statics)
 
-        return tracing.opaque(fwd, leaves) if torch.compiler.is_compiling() else fwd(leaves)
+        return tracing.opaque(fwd, leaves) if any(map(is_fake, leaves)) else fwd(leaves)
 
     def backward(self, residuals: Tree, cotangent: Any, needs: Sequence[bool]) -> list[Tensor | None]:
         tree_of_needs = tree.unflatten(needs, self.spec)
@@ -172,8 +173,8 @@ class _Call:
         def bwd(residuals: Tree, cotangent: Any) -> tuple[Any, ...]:
             return self.pair[1](residuals, cotangent, needs=tree_of_needs, **self.statics)
 
-        if torch.compiler.is_compiling():
-            tensors, spec = tree.flatten((residuals, cotangent))
+        tensors, spec = tree.flatten((residuals, cotangent))
+        if any(map(is_fake, tensors)):
             gradients = tracing.opaque(lambda tensors: bwd(*tree.unflatten(tensors, spec)), tensors)
         else:
             gradients = bwd(residuals, cotangent)

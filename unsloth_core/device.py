@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.nn import Parameter
 
 # Read once: @triton.jit looks at the same variable when it decorates, so a later change could not take effect anyway.
 _INTERPRETING = bool(triton.knobs.runtime.interpret)
@@ -46,11 +47,12 @@ def next_power_of_2(n: int) -> int:
 
 def is_fake(t: Tensor) -> bool:
     """True of a tensor with a shape and no memory, as torch.compile and FakeTensorMode pass around."""
-    if t.__class__ is Tensor:
+    if t.__class__ is Tensor or t.__class__ is Parameter:
         return False
-    from torch._subclasses.fake_tensor import FakeTensor  # not sooner: it is slow to import, and seldom needed
+    from torch._subclasses import FakeTensor  # not sooner: slow to import, and seldom needed
+    from torch._subclasses.functional_tensor import FunctionalTensor
 
-    return isinstance(t, FakeTensor)
+    return isinstance(t, FakeTensor | FunctionalTensor)
 
 
 def aligned(t: Tensor, to: int) -> bool:
