@@ -173,8 +173,8 @@ class _Call:
         def bwd(residuals: Tree, cotangent: Any) -> tuple[Any, ...]:
             return self.pair[1](residuals, cotangent, needs=tree_of_needs, **self.statics)
 
-        tensors, spec = tree.flatten((residuals, cotangent))
-        if any(map(is_fake, tensors)):
+        if any(map(is_fake, tree.leaves(cotangent))):
+            tensors, spec = tree.flatten((residuals, cotangent))
             gradients = tracing.opaque(lambda tensors: bwd(*tree.unflatten(tensors, spec)), tensors)
         else:
             gradients = bwd(residuals, cotangent)

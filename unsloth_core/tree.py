@@ -173,6 +173,8 @@ def unflatten(leaves_: Iterable[Any], spec: Spec) -> Tree:
 def _unflatten(spec: Spec, leaves_: Iterator[Any]) -> Tree:
     if spec.kind is None:
         return next(leaves_)
+    if spec is _HOLE:
+        return ABSENT
     values = [next(leaves_) if below is _LEAF else _unflatten(below, leaves_) for below in spec.children]
     return _NODES[spec.kind].build(values, spec.context)
 
@@ -249,11 +251,11 @@ def merge(a: Tree, b: Tree) -> Tree:
 def broadcast(prefix: Tree, tree: Tree) -> list[Any]:
     """The leaves of ``prefix`` aligned with the leaves of ``tree``; an ABSENT that stands for a subtree becomes
     ABSENTs."""
-    if prefix is ABSENT:
-        return [ABSENT] * len(leaves(tree))
     node = _NODES.get(type(tree))
     if node is None:
         return [prefix]
+    if prefix is ABSENT:
+        return [ABSENT] * len(leaves(tree))
     if type(prefix) is not type(tree) or len(node.children(prefix)) != len(node.children(tree)):
         raise ValueError(f"tree.broadcast: expected {_brief(tree)} or ABSENT, got {_brief(prefix)}")
     both = zip(node.children(prefix), node.children(tree), strict=True)
