@@ -44,6 +44,16 @@ def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, w).float(), targets, reduction="sum")
 
 
+def linear_logprob(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    """All logits at once, in fp32."""
+    return -F.cross_entropy(F.linear(x, w).float(), targets, reduction="none")
+
+
+def softmax(x: Tensor) -> Tensor:
+    """PyTorch's own."""
+    return torch.softmax(x, -1)
+
+
 PEERS = {
     "add_rms_norm": add_rms_norm,
     "rope": rope,
@@ -51,4 +61,8 @@ PEERS = {
     "linear": F.linear,
     "linear_lora": linear_lora,
     "linear_cross_entropy": linear_cross_entropy,
+    "linear_cross_entropy_low_memory": linear_cross_entropy,
+    "linear_logprob": linear_logprob,
+    "softmax": softmax,
+    "softmax_wide": softmax,
 }
