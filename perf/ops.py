@@ -23,6 +23,7 @@ from unsloth_core.segments import Segments
 from unsloth_core.weights import Adapted, LoRA
 
 Shape = tuple[int, ...]
+REFERENCE = "torch"  # a peer only in name: written to be exact and not to be fast; PyTorch's own calls have other names
 RANK = 16
 
 

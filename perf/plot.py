@@ -22,6 +22,7 @@ from matplotlib.patches import Patch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that a plain checkout is enough
 
+from perf.ops import REFERENCE  # noqa: E402
 from unsloth_core.catalogue import RECORDS, Row, read_records  # noqa: E402
 
 OURS, PEER, INK = "#3d8bd9", "#8f959c", "#727a83"
@@ -37,7 +38,6 @@ STYLE = {
     "axes.spines.right": False,
 }
 MARKERS = {"fwd": "o", "bwd": "^", "fwd+bwd": "s"}
-REFERENCE = "torch"  # our own, written to be exact and not to be fast, so no peer; PyTorch's calls have other names
 
 
 @dataclass(frozen=True)

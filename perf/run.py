@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that a plain checkout is enough
 
 from perf import ops, peers  # noqa: E402
-from perf.ops import Case, Random, Shape  # noqa: E402
+from perf.ops import REFERENCE, Case, Random, Shape  # noqa: E402
 from unsloth_core import tree  # noqa: E402
 
 # Allowed relative norm of an error, for results that are rounded in this dtype a few times on the way.
@@ -171,7 +171,7 @@ def results(case: Case, fn: Callable[..., Any], args: tuple[Any, ...]) -> list[T
 def oracle(case: Case, args: tuple[Any, ...]) -> list[Tensor]:
     """Outputs and gradients of the reference in fp32."""
     wide = tree.map(lambda t: t.detach().float() if t.is_floating_point() else t, args)
-    return results(case, case.peers["torch"], wide)
+    return results(case, case.peers[REFERENCE], wide)
 
 
 def check(case: Case, fn: Callable[..., Any], args: tuple[Any, ...], truth: Sequence[Tensor]) -> None:
@@ -218,7 +218,7 @@ class Bench:
         candidates = {"ours": case.ours, **case.peers, **self.libraries.get(case.op, {})}
         if self.with_compile and case.compiles:
             torch.compiler.reset()  # the number of compilations of one function is limited
-            plain = candidates.get("eager", case.peers["torch"])
+            plain = candidates.get("eager", case.peers[REFERENCE])
             candidates["compile"] = torch.compile(plain, dynamic=False)
         shape = case.tiny if self.machine.smoke else case.small
         args = arguments(case, shape, self.machine, seed=0)
@@ -256,7 +256,8 @@ class Bench:
                     ready[impl] = calls(case, fn, sets, direction)
                     ready[impl][0]()  # compiles
                     extra[impl] = self.machine.extra_mib(ready[impl][0])
-                    once = self.machine.milliseconds(ready[impl][-1], host[impl, direction])
+                    # One slow sample must not set the number of repeats.
+                    once = min(self.machine.milliseconds(ready[impl][-1], host[impl, direction]) for _ in range(3))
                     repeats[impl] = 1 if self.machine.smoke else min(max(int(100 / ROUNDS / once), 2), 15)
                 except Exception as error:
                     self._failed(case, impl, error, shape, direction)
@@ -264,7 +265,7 @@ class Bench:
                 if impl not in repeats:
                     self._free()  # only now: until here the error held what it had allocated
             times = self._in_turns(ready, repeats, host, direction, len(sets))
-            best = min((t for impl, t in times.items() if impl != "ours"), default=math.nan)
+            best = min((t for impl, t in times.items() if impl not in ("ours", REFERENCE)), default=math.nan)
             for impl, ms in times.items():
                 seconds = cost.seconds(bytes_per_s=self.machine.bytes_per_s, flops_per_s=self.machine.flops_per_s)
                 row = {

@@ -666,7 +666,10 @@ def attention_fwd(
         tma, **tiles.options(),
     )  # fmt: skip
     if splits > 1:
-        device.launch(_merge, (N * H,), to, to_lse, o, lse, N * H, K, device.next_power_of_2(K), splits, num_warps=1)
+        device.launch(
+            _merge, (N * H,), to, to_lse, o, lse, N * H, K, device.next_power_of_2(K), splits,
+            num_warps=1, enable_fp_fusion=True,
+        )  # fmt: skip
     out = (o, lse) if return_lse else o
     return out, (q_NHK, k_MGK, v_MGK, o, ABSENT if lse is None else lse, q_segments, kv_segments)
 

@@ -2,10 +2,10 @@
 
 Forward, for a row of logits l and its target y (V classes, class weights w, smoothing ε, z-loss λ)::
 
-    z     = cap · tanh(l / cap)                         (softcap; z = l without)
-    lse   = ln Σ_j e^(z_j)
-    ω     = (1 − ε) · w_y + ε · mean(w)                 (1 without class weights)
     loss  = ω · (lse − z_y) − ε · mean_j(w_j · (z_j − z_y)) + λ · lse²
+    lse   = ln Σ_j e^(z_j)
+    z     = cap · tanh(l / cap)                         (softcap; z = l without)
+    ω     = (1 − ε) · w_y + ε · mean(w)                 (1 without class weights)
 
 which is PyTorch's ``(1 − ε) · w_y · nll + ε · mean_j(−w_j · log p_j)`` plus the z-loss. Its ``reduction="mean"``
 divides by Σ w_y over the rows that count. Backward, with cotangent g::

@@ -1,8 +1,9 @@
 """RMSNorm of every head of queries and keys, then rotary position embedding, in one launch.
 
-Formula, for a head x of K channels, with x̂ = x·rstd, rstd = (mean(x²) + eps)^-½, n = x̂ ∘ (w + offset), and for its
-channel pairs (a, b) = (n_i, n_{i+J}), i < J; c and s are the token's cos_i and sin_i:
+Formula, for a head x of K channels, its channel pairs (a, b) = (n_i, n_{i+J}), i < J, and the token's cos_i and sin_i,
+c and s:
 
+    n = x̂ ∘ (w + offset), x̂ = x·rstd, rstd = (mean(x²) + eps)^-½
     a' = a·c - b·s        b' = b·c + a·s        n passes through from channel 2J on (partial rotation)
 w is wq for the H heads of q and wk for the G heads of k; offset is 1 for Gemma, whose stored weight is w - 1.
 Backward, with u = dy turned back (the same with -s) and m = u ∘ (w + offset):
