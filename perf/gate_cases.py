@@ -230,6 +230,8 @@ def _products(call: Calls, r: Random, target: Target) -> None:
                     call(name, nf4_matvec.nf4_matvec, args, model=M == 14336)
     args = (r.normal(1, 4096), nf4.quantize(r.normal(4096, 4096)), r.normal(4096), r.normal(1, 4096))
     call("nf4_matvec bias add", nf4_matvec.nf4_matvec, args)
+    args = (r.normal(1, 14336), nf4.quantize(r.normal(512, 14336)))
+    call("nf4_matvec split", nf4_matvec.nf4_matvec, args)
 
 
 def _attention(call: Calls, r: Random, target: Target) -> None:

@@ -180,7 +180,7 @@ def configuration(n: int, m: int, c: int, dtype: torch.dtype, where: torch.devic
 def takes(x_NC: Tensor, w: NF4) -> bool:
     """Whether :func:`nf4_matvec` can multiply these (whose devices and columns agree); see the limits above."""
     pairs = x_NC.shape[1] % GROUP == 0 and x_NC.stride(1) == 1 and x_NC.stride(0) % 2 == 0
-    aligned = x_NC.data_ptr() % (2 * x_NC.element_size()) == 0
+    aligned = device.aligned(x_NC, 2 * x_NC.element_size())
     return 1 <= x_NC.shape[0] <= ROWS_OF_X and pairs and aligned and w.dtype in (x_NC.dtype, torch.float32)
 
 
