@@ -47,12 +47,23 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..segments import Segments
 from ..tree import ABSENT, Tree
+from .attention_tiles import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    blocks,
+    held_tile,
+    partners,
+    probability,
+    product,
+    put,
+    reader,
+    statistic,
+    tanh,
+    tile,
+)
 from .checks import check_device, check_dtype
 from .language import cast, dot
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-2e38)  # finite, also times LOG2E: a fully masked row never computes −inf − (−inf)
 
 
 class Tiles(NamedTuple):
@@ -166,147 +177,6 @@ def _launch(dtype: torch.dtype, size: int, capability: tuple[int, int], tma: boo
     return TABLE[kind, min(largest for k, largest in TABLE if k == kind and largest >= size)]
 
 
-@triton.jit
-def _partners(
-    row, starts, ends, other_starts, other_ends, S, other_rows, window,
-    STEPS: tl.constexpr, CAUSAL: tl.constexpr, OF_KEYS: tl.constexpr,
-):  # fmt: skip
-    """``[lo, hi)``: rows of the other side that ``row`` may meet (keys a query sees, or queries that see a
-    key)."""
-    s = tl.zeros_like(row)  # how many segments start at or before the row; STEPS is the bit length of S
-    for j in tl.static_range(STEPS):
-        probe = s + (1 << (STEPS - 1 - j))
-        start = tl.load(starts + probe - 1, mask=probe <= S, other=2147483647)
-        s = tl.where(start <= row, probe, s)
-    found = s > 0
-    end = tl.load(ends + s - 1, mask=found, other=0)
-    other_start = tl.load(other_starts + s - 1, mask=found, other=0)
-    other_end = tl.load(other_ends + s - 1, mask=found, other=0)
-    lo, hi = other_start, other_end
-    diagonal = row + (other_end - end)
-    if OF_KEYS:
-        if CAUSAL:
-            lo = tl.maximum(lo, diagonal)
-        if window is not None:
-            hi = tl.minimum(hi, diagonal + window)
-    else:
-        if CAUSAL:
-            hi = tl.minimum(hi, diagonal + 1)
-        if window is not None:
-            lo = tl.maximum(lo, diagonal - window + 1)
-    # A row behind its segment's end is in a gap: an empty interval there keeps both bounds monotone.
-    inside = row < end
-    lo = tl.where(inside, tl.minimum(lo, other_end), other_end)
-    hi = tl.where(inside, tl.maximum(hi, other_start), other_end)
-    return tl.minimum(tl.maximum(lo, 0), other_rows), tl.minimum(tl.maximum(hi, 0), other_rows)
-
-
-@triton.jit
-def _blocks(lo, hi, begin, end, B: tl.constexpr):
-    """Cut [begin, end) into blocks of B: ``full`` of them from ``first`` on, which every row of the tile sees
-    whole, and ``partial``, which need the mask: ``left`` before those and the rest behind."""
-    left = tl.cdiv(tl.minimum(tl.maximum(tl.max(lo, 0), begin), end) - begin, B)
-    first = begin + left * B
-    full = tl.maximum(tl.minimum(tl.min(hi, 0), end) - first, 0) // B
-    right = tl.cdiv(tl.maximum(end - first - full * B, 0), B)
-    return first, full, left, left + right
-
-
-@triton.jit
-def _source(base, rows, row_stride, head_stride, HEADS: tl.constexpr, HEAD: tl.constexpr,
-            B: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """What :func:`_tile` reads blocks of B rows from: a pointer, or a descriptor in which heads are column
-    ranges."""
-    if TMA:
-        columns = (HEADS - 1) * head_stride + HEAD
-        return tl.make_tensor_descriptor(base, [tl.maximum(rows, 1), columns], [row_stride, 1], [B, WIDTH])
-    else:
-        return base
-
-
-@triton.jit
-def _tile(source, row, rows, head, row_stride, head_stride, stride, HEAD: tl.constexpr, FIRST: tl.constexpr,
-          B: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """Rows [row, row + B), channels [FIRST, FIRST + WIDTH) of one head; 0 beyond HEAD and, with MASK, beyond
-    ``rows``."""
-    if TMA:
-        return source.load([row, head * head_stride + FIRST])
-    else:
-        local, channel = tl.arange(0, B), FIRST + tl.arange(0, WIDTH)
-        base = source + row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride
-        pointer = base + (local * row_stride)[:, None] + (channel * stride)[None, :]
-        ok = row + local < rows
-        inside = (channel < HEAD)[None, :]
-        if FIRST + WIDTH > HEAD:
-            return tl.load(pointer, mask=(ok[:, None] & inside) if MASK else inside, other=0.0)
-        elif MASK:
-            return tl.load(pointer, mask=ok[:, None], other=0.0)
-        else:
-            return tl.load(pointer)
-
-
-@triton.jit
-def _statistic(source, head, row, P, B: tl.constexpr, TMA: tl.constexpr):
-    """Rows [row, row + B) of one head of lse or Δ. No mask: the buffers of length P go on behind the last
-    row."""
-    if TMA:
-        return source.load([head, row]).reshape([B])
-    else:
-        return tl.load(source + head.to(tl.int64) * P + row + tl.arange(0, B))
-
-
-@triton.jit
-def _first(base, row, rows, head, row_stride, head_stride, stride, HEADS: tl.constexpr, HEAD: tl.constexpr,
-           B: tl.constexpr, FOLD: tl.constexpr, PER: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-           TMA: tl.constexpr):  # fmt: skip
-    """The tile a program keeps: rows [row, row + B) of ``head``, or of PER heads from it on, as B × FOLD
-    rows."""
-    if FOLD == 1:
-        source = _source(base, rows, row_stride, head_stride, HEADS, HEAD, B, WIDTH, TMA)
-        return _tile(source, row, rows, head, row_stride, head_stride, stride, HEAD, FIRST, B, WIDTH, True, TMA)
-    else:
-        r, channel = tl.arange(0, B * FOLD), FIRST + tl.arange(0, WIDTH)
-        base += row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride
-        local = r // FOLD * row_stride + (r % FOLD).to(tl.int64) * head_stride
-        ok = (row + r // FOLD < rows) & (r % FOLD < PER)
-        pointer = base + local[:, None] + (channel * stride)[None, :]
-        return tl.load(pointer, mask=ok[:, None] & (channel < HEAD)[None, :], other=0.0)
-
-
-@triton.jit
-def _put(base, offset, ok, x, HEAD: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Store fp32 ``x`` as channels [FIRST, FIRST + WIDTH) of contiguous rows."""
-    channel = FIRST + tl.arange(0, WIDTH)
-    pointer = base + offset[:, None] + channel[None, :]
-    tl.store(pointer, cast(x, base.dtype.element_ty), mask=ok[:, None] & (channel < HEAD)[None, :])
-
-
-@triton.jit
-def _product(a, a2, b, b2, K2: tl.constexpr):
-    """a·bᵀ over the whole head, in one piece or two (96 = 64 + 32 wastes nothing, a piece of 128 would)."""
-    s = dot(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), tl.float32))
-    if K2 > 0:
-        s = dot(a2, tl.trans(b2), s)
-    return s
-
-
-@triton.jit
-def _tanh(x):
-    e = tl.exp2(tl.abs(x) * -2.8853900817779268)  # e^(−2|x|), never overflows
-    t = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -t, t)
-
-
-@triton.jit
-def _probability(s, factor, lse, EXACT: tl.constexpr):
-    """e^(s·factor − lse) by exp2: one multiply-add per score for 16-bit inputs, the smallest error for
-    fp32."""
-    if EXACT:
-        return tl.exp2((s * factor - lse) * LOG2E)
-    else:
-        return tl.exp2(s * (factor * LOG2E) - lse * LOG2E)
-
-
 @triton.jit(do_not_specialize=["inner", "outer"])
 def _forward(
     Q, K, V, O, L, q_starts, q_ends, kv_starts, kv_ends, S, N, M,
@@ -330,22 +200,22 @@ def _forward(
     r = tl.arange(0, BM)
     row, member = token + r // FOLD, r % FOLD
     ok = (row < N) & (member < PER)
-    lo, hi = _partners(tl.minimum(row, N - 1), q_starts, q_ends, kv_starts, kv_ends, S, M, window, STEPS, CAUSAL, False)
+    lo, hi = partners(tl.minimum(row, N - 1), q_starts, q_ends, kv_starts, kv_ends, S, M, window, STEPS, CAUSAL, False)
     begin, end = tl.min(lo, 0), tl.max(hi, 0)
     if SPLITS > 1:
         share = tl.cdiv(tl.cdiv(end - begin, BN), SPLITS) * BN
         begin = tl.minimum(begin + split * share, end)
         end = tl.minimum(begin + share, end)
-    first, full, left, partial = _blocks(lo, hi, begin, end, BN)
+    first, full, left, partial = blocks(lo, hi, begin, end, BN)
 
-    q = _first(Q, token, N, head, q_n, q_h, q_k, HEADS, HEAD, TOKENS, FOLD, PER, 0, K1, TMA)
-    k_from = _source(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K1, TMA)
-    v_from = _source(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K1, TMA)
+    q = held_tile(Q, token, N, head, q_n, q_h, q_k, HEADS, HEAD, TOKENS, FOLD, PER, 0, K1, TMA)
+    k_from = reader(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K1, TMA)
+    v_from = reader(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K1, TMA)
     q2, k_from2, v_from2 = q, k_from, v_from
     if K2 > 0:
-        q2 = _first(Q, token, N, head, q_n, q_h, q_k, HEADS, HEAD, TOKENS, FOLD, PER, K1, K2, TMA)
-        k_from2 = _source(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K2, TMA)
-        v_from2 = _source(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K2, TMA)
+        q2 = held_tile(Q, token, N, head, q_n, q_h, q_k, HEADS, HEAD, TOKENS, FOLD, PER, K1, K2, TMA)
+        k_from2 = reader(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K2, TMA)
+        v_from2 = reader(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K2, TMA)
 
     c = tl.arange(0, BN)
     until = tl.minimum(hi, end)
@@ -358,33 +228,33 @@ def _forward(
             n = first + j * BN
             if masked:
                 n = tl.where(j < left, begin + j * BN, first + (full + j - left) * BN)
-            k = _tile(k_from, n, end, group, k_m, k_g, k_k, HEAD, 0, BN, K1, masked, TMA)
+            k = tile(k_from, n, end, group, k_m, k_g, k_k, HEAD, 0, BN, K1, masked, TMA)
             k2 = k
             if K2 > 0:
-                k2 = _tile(k_from2, n, end, group, k_m, k_g, k_k, HEAD, K1, BN, K2, masked, TMA)
-            s = _product(q, q2, k, k2, K2)
+                k2 = tile(k_from2, n, end, group, k_m, k_g, k_k, HEAD, K1, BN, K2, masked, TMA)
+            s = product(q, q2, k, k2, K2)
             if NEGATE:
                 s = -s
             factor = inner
             if outer is not None:
-                s = _tanh(s * inner)
+                s = tanh(s * inner)
                 factor = outer
             if masked:
                 visible = ((n + c)[None, :] >= lo[:, None]) & ((n + c)[None, :] < until[:, None])
                 s = tl.where(visible, s * factor, float("-inf"))
                 top = tl.maximum(m, tl.max(s, 1))
-                p = _probability(s, 1.0, top[:, None], EXACT)
+                p = probability(s, 1.0, top[:, None], EXACT)
             else:
                 top = tl.maximum(m, tl.max(s, 1) * factor)
-                p = _probability(s, factor, top[:, None], EXACT)
+                p = probability(s, factor, top[:, None], EXACT)
             decay = tl.exp2((m - top) * LOG2E)
             m = top
             l = l * decay + tl.sum(p, 1)
             p = cast(p, V.dtype.element_ty)
-            v = _tile(v_from, n, end, group, v_m, v_g, v_k, HEAD, 0, BN, K1, masked, TMA)
+            v = tile(v_from, n, end, group, v_m, v_g, v_k, HEAD, 0, BN, K1, masked, TMA)
             acc = dot(p, v, acc * decay[:, None])
             if K2 > 0:
-                v2 = _tile(v_from2, n, end, group, v_m, v_g, v_k, HEAD, K1, BN, K2, masked, TMA)
+                v2 = tile(v_from2, n, end, group, v_m, v_g, v_k, HEAD, K1, BN, K2, masked, TMA)
                 acc2 = dot(p, v2, acc2 * decay[:, None])
 
     empty = l == 0
@@ -397,9 +267,9 @@ def _forward(
             mask=ok,
         )
     o_offset = (r // FOLD * HEADS + member) * HEAD
-    _put(O + at * HEAD, o_offset, ok, acc / l[:, None], HEAD, 0, K1)
+    put(O + at * HEAD, o_offset, ok, acc / l[:, None], HEAD, 0, K1)
     if K2 > 0:
-        _put(O + at * HEAD, o_offset, ok, acc2 / l[:, None], HEAD, K1, K2)
+        put(O + at * HEAD, o_offset, ok, acc2 / l[:, None], HEAD, K1, K2)
 
 
 @triton.jit
@@ -466,16 +336,14 @@ def _dkdv(
     n = program // GROUPS * BN
     c = tl.arange(0, BN)
     ok = n + c < M
-    lo, hi = _partners(
-        tl.minimum(n + c, M - 1), kv_starts, kv_ends, q_starts, q_ends, S, N, window, STEPS, CAUSAL, True
-    )
+    lo, hi = partners(tl.minimum(n + c, M - 1), kv_starts, kv_ends, q_starts, q_ends, S, N, window, STEPS, CAUSAL, True)
     begin, end = tl.min(lo, 0) // 4 * 4, tl.max(hi, 0)  # a descriptor's columns start at multiples of 16 bytes
-    first, full, left, partial = _blocks(lo, hi, begin, end, BM)
+    first, full, left, partial = blocks(lo, hi, begin, end, BM)
 
-    k = _first(K, n, M, group, k_m, k_g, k_k, GROUPS, HEAD, BN, 1, 1, 0, K1, TMA)
-    v = _first(V, n, M, group, v_m, v_g, v_k, GROUPS, HEAD, BN, 1, 1, 0, K1, TMA)
-    q_from = _source(Q, end, q_n, q_h, GROUPS * GROUP, HEAD, BM, K1, TMA)
-    do_from = _source(DO, end, do_n, do_h, GROUPS * GROUP, HEAD, BM, K1, TMA)
+    k = held_tile(K, n, M, group, k_m, k_g, k_k, GROUPS, HEAD, BN, 1, 1, 0, K1, TMA)
+    v = held_tile(V, n, M, group, v_m, v_g, v_k, GROUPS, HEAD, BN, 1, 1, 0, K1, TMA)
+    q_from = reader(Q, end, q_n, q_h, GROUPS * GROUP, HEAD, BM, K1, TMA)
+    do_from = reader(DO, end, do_n, do_h, GROUPS * GROUP, HEAD, BM, K1, TMA)
     if TMA:
         lse_from = tl.make_tensor_descriptor(LSE, [GROUPS * GROUP, P], [P, 1], [1, BM])
         delta_from = tl.make_tensor_descriptor(DELTA, [GROUPS * GROUP, P], [P, 1], [1, BM])
@@ -483,10 +351,10 @@ def _dkdv(
         lse_from, delta_from = LSE, DELTA
     k2, v2, q_from2, do_from2 = k, v, q_from, do_from
     if K2 > 0:
-        k2 = _first(K, n, M, group, k_m, k_g, k_k, GROUPS, HEAD, BN, 1, 1, K1, K2, TMA)
-        v2 = _first(V, n, M, group, v_m, v_g, v_k, GROUPS, HEAD, BN, 1, 1, K1, K2, TMA)
-        q_from2 = _source(Q, end, q_n, q_h, GROUPS * GROUP, HEAD, BM, K2, TMA)
-        do_from2 = _source(DO, end, do_n, do_h, GROUPS * GROUP, HEAD, BM, K2, TMA)
+        k2 = held_tile(K, n, M, group, k_m, k_g, k_k, GROUPS, HEAD, BN, 1, 1, K1, K2, TMA)
+        v2 = held_tile(V, n, M, group, v_m, v_g, v_k, GROUPS, HEAD, BN, 1, 1, K1, K2, TMA)
+        q_from2 = reader(Q, end, q_n, q_h, GROUPS * GROUP, HEAD, BM, K2, TMA)
+        do_from2 = reader(DO, end, do_n, do_h, GROUPS * GROUP, HEAD, BM, K2, TMA)
 
     r = tl.arange(0, BM)
     dk, dv = tl.zeros((BN, K1), tl.float32), tl.zeros((BN, K1), tl.float32)
@@ -498,21 +366,21 @@ def _dkdv(
                 i = first + j * BM
                 if masked:
                     i = tl.where(j < left, begin + j * BM, first + (full + j - left) * BM)
-                q = _tile(q_from, i, end, head, q_n, q_h, q_k, HEAD, 0, BM, K1, masked, TMA)
-                do = _tile(do_from, i, end, head, do_n, do_h, do_k, HEAD, 0, BM, K1, masked, TMA)
+                q = tile(q_from, i, end, head, q_n, q_h, q_k, HEAD, 0, BM, K1, masked, TMA)
+                do = tile(do_from, i, end, head, do_n, do_h, do_k, HEAD, 0, BM, K1, masked, TMA)
                 q2, do2 = q, do
                 if K2 > 0:
-                    q2 = _tile(q_from2, i, end, head, q_n, q_h, q_k, HEAD, K1, BM, K2, masked, TMA)
-                    do2 = _tile(do_from2, i, end, head, do_n, do_h, do_k, HEAD, K1, BM, K2, masked, TMA)
-                lse = _statistic(lse_from, head, i, P, BM, TMA)
-                s = _product(k, k2, q, q2, K2)
+                    q2 = tile(q_from2, i, end, head, q_n, q_h, q_k, HEAD, K1, BM, K2, masked, TMA)
+                    do2 = tile(do_from2, i, end, head, do_n, do_h, do_k, HEAD, K1, BM, K2, masked, TMA)
+                lse = statistic(lse_from, head, i, P, BM, TMA)
+                s = product(k, k2, q, q2, K2)
                 if NEGATE:
                     s = -s
                 factor = inner
                 if outer is not None:
-                    s = _tanh(s * inner)
+                    s = tanh(s * inner)
                     factor = outer
-                p = _probability(s, factor, lse[None, :], Q.dtype.element_ty == tl.float32)
+                p = probability(s, factor, lse[None, :], Q.dtype.element_ty == tl.float32)
                 if masked:
                     p = tl.where(((i + r)[None, :] >= lo[:, None]) & ((i + r)[None, :] < hi[:, None]), p, 0.0)
                 weight = cast(p, Q.dtype.element_ty)
@@ -523,8 +391,8 @@ def _dkdv(
                     if K2 > 0:
                         dv2 = dot(weight, do2, dv2)
                 if DK is not None:
-                    delta = _statistic(delta_from, head, i, P, BM, TMA)
-                    ds = p * (_product(v, v2, do, do2, K2) - delta[None, :])
+                    delta = statistic(delta_from, head, i, P, BM, TMA)
+                    ds = p * (product(v, v2, do, do2, K2) - delta[None, :])
                     ds = cast(ds, Q.dtype.element_ty)
                     dk = dot(ds, q, dk)
                     if K2 > 0:
@@ -532,13 +400,13 @@ def _dkdv(
 
     at, offset = (n.to(tl.int64) * GROUPS + group) * HEAD, c * (GROUPS * HEAD)
     if DV is not None:
-        _put(DV + at, offset, ok, dv, HEAD, 0, K1)
+        put(DV + at, offset, ok, dv, HEAD, 0, K1)
         if K2 > 0:
-            _put(DV + at, offset, ok, dv2, HEAD, K1, K2)
+            put(DV + at, offset, ok, dv2, HEAD, K1, K2)
     if DK is not None:
-        _put(DK + at, offset, ok, dk * scale, HEAD, 0, K1)
+        put(DK + at, offset, ok, dk * scale, HEAD, 0, K1)
         if K2 > 0:
-            _put(DK + at, offset, ok, dk2 * scale, HEAD, K1, K2)
+            put(DK + at, offset, ok, dk2 * scale, HEAD, K1, K2)
 
 
 @triton.jit(do_not_specialize=["inner", "outer", "scale"])
@@ -557,24 +425,24 @@ def _dq(
     i = (tl.cdiv(N, BM) - 1 - program // HEADS) * BM
     r = tl.arange(0, BM)
     ok = i + r < N
-    lo, hi = _partners(
+    lo, hi = partners(
         tl.minimum(i + r, N - 1), q_starts, q_ends, kv_starts, kv_ends, S, M, window, STEPS, CAUSAL, False
     )
     begin, end = tl.min(lo, 0), tl.max(hi, 0)
-    first, full, left, partial = _blocks(lo, hi, begin, end, BN)
+    first, full, left, partial = blocks(lo, hi, begin, end, BN)
 
-    q = _first(Q, i, N, head, q_n, q_h, q_k, HEADS, HEAD, BM, 1, 1, 0, K1, TMA)
-    do = _first(DO, i, N, head, do_n, do_h, do_k, HEADS, HEAD, BM, 1, 1, 0, K1, TMA)
-    k_from = _source(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K1, TMA)
-    v_from = _source(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K1, TMA)
+    q = held_tile(Q, i, N, head, q_n, q_h, q_k, HEADS, HEAD, BM, 1, 1, 0, K1, TMA)
+    do = held_tile(DO, i, N, head, do_n, do_h, do_k, HEADS, HEAD, BM, 1, 1, 0, K1, TMA)
+    k_from = reader(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K1, TMA)
+    v_from = reader(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K1, TMA)
     q2, do2, k_from2, v_from2 = q, do, k_from, v_from
     if K2 > 0:
-        q2 = _first(Q, i, N, head, q_n, q_h, q_k, HEADS, HEAD, BM, 1, 1, K1, K2, TMA)
-        do2 = _first(DO, i, N, head, do_n, do_h, do_k, HEADS, HEAD, BM, 1, 1, K1, K2, TMA)
-        k_from2 = _source(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K2, TMA)
-        v_from2 = _source(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K2, TMA)
-    lse = _statistic(LSE, head, i, P, BM, False)
-    delta = _statistic(DELTA, head, i, P, BM, False)
+        q2 = held_tile(Q, i, N, head, q_n, q_h, q_k, HEADS, HEAD, BM, 1, 1, K1, K2, TMA)
+        do2 = held_tile(DO, i, N, head, do_n, do_h, do_k, HEADS, HEAD, BM, 1, 1, K1, K2, TMA)
+        k_from2 = reader(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K2, TMA)
+        v_from2 = reader(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K2, TMA)
+    lse = statistic(LSE, head, i, P, BM, False)
+    delta = statistic(DELTA, head, i, P, BM, False)
 
     c = tl.arange(0, BN)
     dq, dq2 = tl.zeros((BM, K1), tl.float32), tl.zeros((BM, W2), tl.float32)
@@ -583,33 +451,33 @@ def _dq(
             n = first + j * BN
             if masked:
                 n = tl.where(j < left, begin + j * BN, first + (full + j - left) * BN)
-            k = _tile(k_from, n, end, group, k_m, k_g, k_k, HEAD, 0, BN, K1, masked, TMA)
-            v = _tile(v_from, n, end, group, v_m, v_g, v_k, HEAD, 0, BN, K1, masked, TMA)
+            k = tile(k_from, n, end, group, k_m, k_g, k_k, HEAD, 0, BN, K1, masked, TMA)
+            v = tile(v_from, n, end, group, v_m, v_g, v_k, HEAD, 0, BN, K1, masked, TMA)
             k2, v2 = k, v
             if K2 > 0:
-                k2 = _tile(k_from2, n, end, group, k_m, k_g, k_k, HEAD, K1, BN, K2, masked, TMA)
-                v2 = _tile(v_from2, n, end, group, v_m, v_g, v_k, HEAD, K1, BN, K2, masked, TMA)
-            s = _product(q, q2, k, k2, K2)
+                k2 = tile(k_from2, n, end, group, k_m, k_g, k_k, HEAD, K1, BN, K2, masked, TMA)
+                v2 = tile(v_from2, n, end, group, v_m, v_g, v_k, HEAD, K1, BN, K2, masked, TMA)
+            s = product(q, q2, k, k2, K2)
             if NEGATE:
                 s = -s
             factor = inner
             if outer is not None:
-                s = _tanh(s * inner)
+                s = tanh(s * inner)
                 factor = outer
-            p = _probability(s, factor, lse[:, None], Q.dtype.element_ty == tl.float32)
+            p = probability(s, factor, lse[:, None], Q.dtype.element_ty == tl.float32)
             if masked:
                 p = tl.where(((n + c)[None, :] >= lo[:, None]) & ((n + c)[None, :] < hi[:, None]), p, 0.0)
             if outer is not None:
                 p = p * (1.0 - s * s)
-            ds = cast(p * (_product(do, do2, v, v2, K2) - delta[:, None]), Q.dtype.element_ty)
+            ds = cast(p * (product(do, do2, v, v2, K2) - delta[:, None]), Q.dtype.element_ty)
             dq = dot(ds, k, dq)
             if K2 > 0:
                 dq2 = dot(ds, k2, dq2)
 
     at, offset = (i.to(tl.int64) * HEADS + head) * HEAD, r * (HEADS * HEAD)
-    _put(DQ + at, offset, ok, dq * scale, HEAD, 0, K1)
+    put(DQ + at, offset, ok, dq * scale, HEAD, 0, K1)
     if K2 > 0:
-        _put(DQ + at, offset, ok, dq2 * scale, HEAD, K1, K2)
+        put(DQ + at, offset, ok, dq2 * scale, HEAD, K1, K2)
 
 
 def attention_fwd(
