@@ -8,7 +8,9 @@ from .attention import attention
 from .cross_entropy import cross_entropy
 from .dropout import dropout
 from .embedding import embedding
+from .gelu import gelu
 from .glu import glu
+from .grouped_linear import grouped_linear
 from .layer_norm import layer_norm
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
@@ -16,6 +18,7 @@ from .linear_logprob import linear_logprob
 from .qk_norm_rope import qk_norm_rope
 from .rms_norm import rms_norm
 from .rope import rope
+from .route import route
 from .softmax import softmax
 
 __all__ = [
@@ -24,7 +27,9 @@ __all__ = [
     "cross_entropy",
     "dropout",
     "embedding",
+    "gelu",
     "glu",
+    "grouped_linear",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
@@ -32,5 +37,6 @@ __all__ = [
     "qk_norm_rope",
     "rms_norm",
     "rope",
+    "route",
     "softmax",
 ]
