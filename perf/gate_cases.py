@@ -38,6 +38,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "softmax": tuple((8192, D) for D in (*WIDTHS, 50257)),
     "qk_norm_rope": ((8192, 8, 1, 256), (8192, 9, 3, 64), (8192, 6, 2, 96)),
     "rope": ((8192, 8, 1, 256), (8192, 9, 3, 64), (8192, 6, 2, 96), (8192, 3, 1, 100)),
+    "gelu": tuple((8192, F) for F in (64, 640, 1000, 1280, 1536)),
     "glu": tuple((8192, F) for F in (64, 640, 1000, 1280, 1536)),
     "cross_entropy": tuple((4096, V) for V in (256, 512, 1024, 50257)),
     "linear_cross_entropy": tuple((4096, V, 512) for V in (256, 512, 1024, 2048, 4096, 50257)),
@@ -155,6 +156,7 @@ def _small_ops(call: Calls, r: Random, target: Target) -> None:
     call("embedding int32", uc.embedding, (r.ids(N, 999).int(), r.normal(999, 4096)), lambda ids, w: (w,))
     for act in ("gelu_tanh", "gelu_erf"):
         call(f"glu {act}", functools.partial(uc.glu, act=act), (r.normal(N, 28672),), lambda x: (x,), model=True)
+    call("gelu tanh", functools.partial(uc.gelu, approximate="tanh"), (r.normal(N, 18176),), lambda x: (x,), model=True)
     call("glu expanded dy", uc.glu, (r.normal(N, 28672),), lambda x: (x,), cotangents=_expanded)
     for J in (16, 48):  # partial rotation
         angles = (r.normal(N, J, dtype=FP32), r.normal(N, J, dtype=FP32))

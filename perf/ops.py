@@ -86,6 +86,7 @@ def _cost(op: str) -> Callable[..., Cost]:
 def _memory_bound() -> Iterator[Case]:
     norm, add_norm, rope, glu, embedding = map(_cost, ("rms_norm", "add_rms_norm", "rope", "glu", "embedding"))
     layer_norm, softmax, dropout, qk_norm = map(_cost, ("layer_norm", "softmax", "dropout", "qk_norm_rope"))
+    gelu = _cost("gelu")
     yield Case(
         op="embedding",  # tokens, vocabulary, width
         shapes=((8192, 128256, 4096),),
@@ -174,6 +175,17 @@ def _memory_bound() -> Iterator[Case]:
         ours=uc.glu,
         peers={"torch": backend.reference("glu")},
         costs=lambda args, N, F: {"fwd": glu(N, F, 2), "bwd": glu(N, F, 2, backward=True)},
+    )
+    yield Case(
+        op="gelu",  # tokens, ffn: Falcon-7B's
+        shapes=((8192, 18176),),
+        small=(256, 18176),
+        tiny=(4, 32),
+        make=lambda r, N, F: (r.normal(N, F),),
+        wanted=lambda x: [x],
+        ours=uc.gelu,
+        peers={"torch": backend.reference("gelu"), "F.gelu": F.gelu},
+        costs=lambda args, N, F: {"fwd": gelu(N, F, 2), "bwd": gelu(N, F, 2, backward=True)},
     )
     for op, shape, small in (("softmax", (8192, 4096), (256, 4096)), ("softmax_wide", (4096, 128256), (64, 128256))):
         yield Case(

@@ -38,7 +38,7 @@ KNOBS = {
     ("linear", "CONFIGS"): ("linear", "linear_lora", "linear_nf4"),
     ("rms_norm", "whole_rows"): ("rms_norm", "add_rms_norm"),
     ("rms_norm", "column_tile"): ("rms_norm", "add_rms_norm"),
-    ("glu", "_tile_shape"): ("glu",),
+    ("glu", "tile_shape"): ("glu",),
     ("rope", "tile"): ("rope",),
     ("embedding", "_tile"): ("embedding",),
     ("cross_entropy", "ONE_PASS_LANES"): ("cross_entropy",),

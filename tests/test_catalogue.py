@@ -116,5 +116,5 @@ def test_one_op_shows_its_whole_contract():
 
 
 def test_an_unknown_op_is_one_line():
-    shown = ops_command("gelu")
-    assert shown.exit_code == 1 and shown.stderr.startswith("error: ops: no op 'gelu', expected one of add_rms_norm,")
+    shown = ops_command("glue")
+    assert shown.exit_code == 1 and shown.stderr.startswith("error: ops: no op 'glue', expected one of add_rms_norm,")

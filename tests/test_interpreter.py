@@ -26,6 +26,7 @@ CALLS = {
     "cross_entropy": lambda: ops.cross_entropy(x, ids),
     "dropout": lambda: ops.dropout(x, random.key(0, DEVICE), p=0.5),
     "embedding": lambda: ops.embedding(ids, w),
+    "gelu": lambda: ops.gelu(x),
     "glu": lambda: ops.glu(x),
     "layer_norm": lambda: ops.layer_norm(x, w[0], w[1]),
     "linear": lambda: ops.linear(x, w),

@@ -30,14 +30,14 @@ def test_neighbours_differ_in_one_number_and_keep_their_kind():
 
 
 def test_a_knob_says_what_was_asked_and_goes_away():
-    original = GLU._tile_shape
-    knob = tune.Knob("glu", "_tile_shape")
+    original = GLU.tile_shape
+    knob = tune.Knob("glu", "tile_shape")
     with knob.watched():
-        assert GLU._tile_shape(40) == original(40) and knob.seen == {(40,): original(40)}
+        assert GLU.tile_shape(40) == original(40) and knob.seen == {(40,): original(40)}
         knob.instead[(40,)] = (7, 64)
-        assert GLU._tile_shape(40) == (7, 64)
-    assert GLU._tile_shape is original and GLU._tile_shape(40) == original(40)
-    assert knob.source((40,), (1, 2)) == "_tile_shape(40) == (1, 2)"
+        assert GLU.tile_shape(40) == (7, 64)
+    assert GLU.tile_shape is original and GLU.tile_shape(40) == original(40)
+    assert knob.source((40,), (1, 2)) == "tile_shape(40) == (1, 2)"
 
 
 def search():
@@ -46,9 +46,9 @@ def search():
 
 @pytest.fixture
 def knob():
-    knob = tune.Knob("glu", "_tile_shape")
+    knob = tune.Knob("glu", "tile_shape")
     with knob.watched():
-        GLU._tile_shape(CASES["glu"].tiny[1])
+        GLU.tile_shape(CASES["glu"].tiny[1])
     return knob
 
 
@@ -73,8 +73,8 @@ def test_a_candidate_that_computes_something_else_loses(monkeypatch, knob):
 def test_smoke_prints_source_and_check_judges(monkeypatch, capsys):
     assert tune.main(["--smoke", "--seconds", "0", "glu"]) == 0
     printed = capsys.readouterr().out
-    assert "_tile_shape(32) == (" in printed and "glu 4x32 fwd" in printed and "glu 4x32 bwd" in printed
-    slow = tune.Found(tune.Knob("glu", "_tile_shape"), (32,), "glu", (1, 2), 1.0, (2, 2), 0.9)
+    assert "tile_shape(32) == (" in printed and "glu 4x32 fwd" in printed and "glu 4x32 bwd" in printed
+    slow = tune.Found(tune.Knob("glu", "tile_shape"), (32,), "glu", (1, 2), 1.0, (2, 2), 0.9)
     monkeypatch.setattr(tune, "tune", lambda *args: iter([slow]))
     assert tune.main(["--smoke", "--check"]) == 1
     assert "# 1 entries of today are more than 3% slower" in capsys.readouterr().out

@@ -68,7 +68,7 @@ def _sigmoid(z):
 
 
 @triton.jit
-def _activation(a, ACT: tl.constexpr):
+def activation(a, ACT: tl.constexpr):
     """act(a) and act'(a)."""
     if ACT == "silu":
         g, spread = _sigmoid(a * _LOG2E)
@@ -85,7 +85,7 @@ def _activation(a, ACT: tl.constexpr):
 
 
 @triton.jit
-def _tile(rows, F, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def tile(rows, F, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Rows and columns of this program's tile: neighbouring programs are neighbours in a row."""
     across = tl.cdiv(F, BLOCK)
     row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)[:, None]
@@ -98,11 +98,11 @@ def _forward(
     gate_up_ptr, y_ptr, rows, F, inner, outer_stride, inner_stride,
     ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, col, inside = _tile(rows, F, ROWS, BLOCK)
+    row, col, inside = tile(rows, F, ROWS, BLOCK)
     gate_ptr = gate_up_ptr + row_offset(row, inner, outer_stride, inner_stride) + col
     a = tl.load(gate_ptr, inside, other=0.0).to(tl.float32)
     b = tl.load(gate_ptr + F, inside, other=0.0).to(tl.float32)
-    activated, _ = _activation(a, ACT)
+    activated, _ = activation(a, ACT)
     tl.store(y_ptr + row.to(tl.int64) * F + col, cast(activated * b, y_ptr.dtype.element_ty), inside)
 
 
@@ -111,20 +111,20 @@ def _backward(
     gate_up_ptr, dy_ptr, d_ptr, rows, F, inner, outer_stride, inner_stride, dy_outer, dy_inner, dy_col,
     ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, col, inside = _tile(rows, F, ROWS, BLOCK)
+    row, col, inside = tile(rows, F, ROWS, BLOCK)
     gate_ptr = gate_up_ptr + row_offset(row, inner, outer_stride, inner_stride) + col
     a = tl.load(gate_ptr, inside, other=0.0).to(tl.float32)
     b = tl.load(gate_ptr + F, inside, other=0.0).to(tl.float32)
     dy_offset = row_offset(row, inner, dy_outer, dy_inner) + col.to(tl.int64) * dy_col
     dy = tl.load(dy_ptr + dy_offset, inside, other=0.0).to(tl.float32)
-    activated, slope = _activation(a, ACT)
+    activated, slope = activation(a, ACT)
     d_gate_ptr = d_ptr + row.to(tl.int64) * 2 * F + col
     tl.store(d_gate_ptr, cast(dy * b * slope, d_ptr.dtype.element_ty), inside)
     tl.store(d_gate_ptr + F, cast(dy * activated, d_ptr.dtype.element_ty), inside)
 
 
 @functools.cache
-def _tile_shape(F: int) -> tuple[int, int]:
+def tile_shape(F: int) -> tuple[int, int]:
     """Rows and columns of a tile: the widest one that idles at most an eighth of its lanes."""
     block = next((b for b in (1024, 512, 256) if cdiv(F, b) * b <= F + F // 8), 128)
     block = min(block, next_power_of_2(F))
@@ -151,7 +151,7 @@ def glu_fwd(gate_up: Tensor, *, needs: Any, act: str = "silu") -> tuple[Tensor, 
         raise NotImplementedError(f"glu: gate_up has {rows} rows, expected fewer than {MAX_ROWS}")
     inner, (strides,) = check_row_strides("glu", gate_up=gate_up)
     y = torch.empty((*gate_up.shape[:-1], F), dtype=gate_up.dtype, device=gate_up.device)
-    ROWS, BLOCK = _tile_shape(F)
+    ROWS, BLOCK = tile_shape(F)
     grid = (cdiv(rows, ROWS) * cdiv(F, BLOCK),)
     launch(
         _forward, grid, gate_up, y, rows, F, inner, *strides,
@@ -170,7 +170,7 @@ def glu_bwd(residuals: tuple[Any], dy: Tensor, *, needs: Any, act: str = "silu")
     d = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     if rows:
         (dy,), inner, (strides, dy_strides) = cotangent_row_strides(gate_up, dy)
-        ROWS, BLOCK = _tile_shape(F)
+        ROWS, BLOCK = tile_shape(F)
         grid = (cdiv(rows, ROWS) * cdiv(F, BLOCK),)
         launch(
             _backward, grid, gate_up, dy, d, rows, F, inner, *strides, *dy_strides, dy.stride(-1),
