@@ -1,0 +1,91 @@
+"""Models of published shapes with random weights, made on the device: no network, no file.
+
+Weights are made leaf by leaf; an NF4 matrix is quantised as soon as it exists, so the 16-bit model is never held. The
+same shape and seed give the same weights on one kind of device, dense or quantised."""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unsloth_core import weights
+from unsloth_core.models import family_of
+from unsloth_core.models.decoder import Model
+from unsloth_core.ops import nf4
+from unsloth_core.tree import ABSENT
+from unsloth_core.weights import Declaration, Stacked
+
+_LLAMA3 = {
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}  # fmt: skip
+# What config.json of these models says, as far as it shapes the computation.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": _LLAMA3, "tie_word_embeddings": False,
+    },
+    "llama-3.2-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": {**_LLAMA3, "factor": 32.0},
+        "tie_word_embeddings": True,
+    },
+    "smollm2-135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "tie_word_embeddings": True,
+    },
+    "tiny": {  # to try the code
+        "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256, "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+STANDARD_DEVIATION = 0.02  # the initializer_range of all of them
+
+
+def raw_config(shape: str) -> dict[str, Any]:
+    """The content of ``config.json``; ``llama-3.1-8b-4layers`` is ``llama-3.1-8b`` cut to 4 layers.
+
+    Raises ValueError naming the shapes there are."""
+    match = re.fullmatch(r"(.+?)(?:-(\d+)layers)?", shape)
+    if match is None or match[1] not in SHAPES:
+        raise ValueError(f"shape {shape!r}, expected one of {sorted(SHAPES)}, or one of them with -<n>layers behind it")
+    config = {"model_type": "llama", "hidden_act": "silu", **SHAPES[match[1]]}
+    if match[2] is not None:
+        config["num_hidden_layers"] = int(match[2])
+    return config
+
+
+def random_model(
+    shape: str, *, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, quantize: str | None = None,
+    seed: int = 0,
+) -> tuple[Model, Any]:  # fmt: skip
+    """``model, params`` as ``load`` gives them: matrices normal with standard deviation 0.02, norms 1, no biases."""
+    raw = raw_config(shape)
+    family = family_of(raw)
+    config = family.Config.from_hf(raw)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        drawn = torch.empty(rows, columns, dtype=dtype, device=device)
+        return drawn.normal_(std=STANDARD_DEVIATION, generator=generator)
+
+    def make(declaration: Declaration) -> Any:
+        if declaration.path == ("head",) and config.tie_word_embeddings:
+            return ABSENT
+        if not declaration.rest:  # of what has one dimension only biases are optional
+            return ABSENT if declaration.optional else torch.ones(declaration.shape, dtype=dtype, device=device)
+        if quantize == "nf4" and len(declaration.path) > 1:
+            parts = [nf4.quantize(matrix(rows, *declaration.rest)) for rows in declaration.rows]
+            return parts[0] if len(parts) == 1 else Stacked(parts=tuple(parts))
+        dense = torch.empty(declaration.shape, dtype=dtype, device=device)
+        for part, rows in zip(dense.split(declaration.rows), declaration.rows):
+            part.copy_(matrix(rows, *declaration.rest))
+        return dense
+
+    params = weights.build(family.Weights, config.dims, make, config=config)
+    return Model(family=family, config=config, source=f"random {shape}"), params
