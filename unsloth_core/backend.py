@@ -40,7 +40,8 @@ def override() -> str | None:
 
 
 def resolve(where: torch.Tensor | torch.device) -> str:
-    """The backend for a tensor's device: Triton on a GPU or in the interpreter, otherwise the reference.
+    """The backend for a tensor's device: Triton on a GPU or in the interpreter, otherwise the reference. Meta tensors
+    stand for a GPU's: ops run, nothing is launched.
 
     Raises RuntimeError when Triton was demanded for the CPU of a process that was not started with TRITON_INTERPRET=1.
     """
@@ -48,7 +49,7 @@ def resolve(where: torch.Tensor | torch.device) -> str:
     name = _override.get()
     if name is None:
         return by_device(device)
-    if name == "triton" and device.type != "cuda" and not _device.interpreting():
+    if name == "triton" and device.type not in ("cuda", "meta") and not _device.interpreting():
         raise RuntimeError(
             f"using('triton'): tensors are on {device}; Triton needs a CUDA device, or its CPU interpreter: "
             "start the process with TRITON_INTERPRET=1"
@@ -58,7 +59,7 @@ def resolve(where: torch.Tensor | torch.device) -> str:
 
 def by_device(device: torch.device) -> str:
     """The choice where nobody has made one."""
-    return "triton" if device.type == "cuda" or _device.interpreting() else "reference"
+    return "triton" if device.type in ("cuda", "meta") or _device.interpreting() else "reference"
 
 
 @functools.cache

@@ -17,6 +17,10 @@ def interpreting() -> bool:
     return _INTERPRETING
 
 
+# A meta tensor has a shape and no memory: on it ops run as on this GPU, without launching anything (plan.py).
+PLANNED_SMS, PLANNED_CAPABILITY = 132, (9, 0)
+
+
 @functools.cache
 def _properties(index: int) -> Any:
     return torch.cuda.get_device_properties(index)
@@ -24,11 +28,15 @@ def _properties(index: int) -> Any:
 
 def sms(device: torch.device) -> int:
     """Number of streaming multiprocessors; 4 in the interpreter, so that multi-program paths are walked there too."""
+    if device.type == "meta":
+        return PLANNED_SMS
     return 4 if device.type != "cuda" else _properties(device.index or 0).multi_processor_count
 
 
 def capability(device: torch.device) -> tuple[int, int]:
     """CUDA compute capability, (9, 0) for Hopper; the interpreter plays an (8, 0)."""
+    if device.type == "meta":
+        return PLANNED_CAPABILITY
     if device.type != "cuda":
         return (8, 0)
     properties = _properties(device.index or 0)
@@ -57,7 +65,7 @@ def is_fake(t: Tensor) -> bool:
 
 def aligned(t: Tensor, to: int) -> bool:
     """Whether ``t`` starts at a multiple of ``to`` bytes; a fake tensor might."""
-    return is_fake(t) or t.data_ptr() % to == 0
+    return is_fake(t) or t.data_ptr() % to == 0  # of a meta tensor the pointer is 0
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -68,10 +76,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     of NF4 decoding, which is one launch, went from 100 to 42 us on the machine of perf/LOG.md.
     Backward runs in threads of autograd's engine, where neither the user's current device nor Triton's allocator (a
     context variable, needed by tensor descriptors made on the device) is set: both are set here, at every launch.
-    Nothing is launched for fake tensors.
+    Nothing is launched for fake and meta tensors.
     """
     first = next(a for a in args if isinstance(a, Tensor))
-    if 0 in grid or is_fake(first):
+    if 0 in grid or first.is_meta or is_fake(first):
         return
     if _INTERPRETING:
         kernel[grid](*args, **options)

@@ -350,7 +350,7 @@ def _pointers(groups: Sequence[Sequence[Tensor]], device: torch.device) -> tuple
     aligned = not any(a & 15 for a in addresses)
     shape = (len(groups), len(groups[0]))
     if device.type != "cuda":
-        table = torch.tensor(addresses, dtype=torch.int64)
+        table = torch.tensor(addresses, dtype=torch.int64, device=device)
     elif torch.cuda.is_current_stream_capturing():
         table = _table_by_arguments(addresses, device)
     else:
