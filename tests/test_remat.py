@@ -120,7 +120,7 @@ def test_frozen_leaves_cost_no_gradient():
 def test_a_typo_in_the_policy_is_refused():
     with pytest.raises(ValueError, match=r"remat: policy names \['upp'\], but the calls of this layer are"):
         value_and_grad(loss({"upp": SAVE}))(weights())
-    with pytest.raises(ValueError, match=r"remat: policy\['up'\] is 'keep', expected 'save' or 'recompute'"):
+    with pytest.raises(ValueError, match=r"remat: policy\['up'\] is 'keep', expected 'save' or 'offload' or 'recompute'"):
         remat(layer, {"up": "keep"})
 
 

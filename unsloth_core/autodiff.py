@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import backend, tracing, tree
+from . import backend, offload, tracing, tree
 from .device import is_fake
 from .segments import Segments
 from .tree import ABSENT, Tree
@@ -24,10 +24,16 @@ from .weights import Weight
 
 SAVE = "save"
 RECOMPUTE = "recompute"
+OFFLOAD = "offload"
+INPUT = "layer input"  # what a policy and a report call the arguments of a layer that carry a gradient
 Policy = Mapping[str, str]
 
 _tape: ContextVar["_Record | _Replay | None"] = ContextVar("unsloth_core_tape", default=None)
 _report: ContextVar["list[Fate] | None"] = ContextVar("unsloth_core_report", default=None)
+_memo: ContextVar["_Memo | None"] = ContextVar("unsloth_core_memo", default=None)
+_listener: ContextVar["Callable[[str, str, str, Any, dict[str, Any], Tree], None] | None"] = ContextVar(
+    "unsloth_core_listener", default=None
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------- ops
@@ -154,6 +160,10 @@ class _Call:
     def __init__(self, name: str, pair: Any, spec: tree.Spec, statics: dict[str, Any], tape: Any) -> None:
         self.name, self.pair, self.spec, self.statics, self.tape = name, pair, spec, statics, tape
 
+    @property
+    def op(self) -> str:
+        return self.pair[0].__name__.removesuffix("_fwd")
+
     def forward(self, leaves: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Any, Tree]:
         if self.tape is None:
             return self.run(leaves, needs)
@@ -161,6 +171,8 @@ class _Call:
 
     def run(self, leaves: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Any, Tree]:
         tree_of_needs = tree.unflatten(needs, self.spec)
+        if (listener := _listener.get()) is not None:
+            listener("forward", self.op, self.name, tree.unflatten(leaves, self.spec), self.statics, tree_of_needs)
 
         def fwd(tensors: Sequence[Tensor]) -> tuple[Any, Tree]:
             return self.pair[0](*tree.unflatten(tensors, self.spec), needs=tree_of_needs, **self.statics)
@@ -169,6 +181,8 @@ class _Call:
 
     def backward(self, residuals: Tree, cotangent: Any, needs: Sequence[bool]) -> list[Tensor | None]:
         tree_of_needs = tree.unflatten(needs, self.spec)
+        if (listener := _listener.get()) is not None:
+            listener("backward", self.op, self.name, (residuals, cotangent), self.statics, tree_of_needs)
 
         def bwd(residuals: Tree, cotangent: Any) -> tuple[Any, ...]:
             return self.pair[1](residuals, cotangent, needs=tree_of_needs, **self.statics)
@@ -305,21 +319,29 @@ def _describe(value: Any) -> str:
 # ---------------------------------------------------------------------------------------------- rematerialisation
 
 
-def remat(fn: Callable[..., Any], policy: Policy | None) -> Callable[..., Any]:
+def remat(
+    fn: Callable[..., Any], policy: Policy | None, *, host: offload.Host | None = None, decode_once: bool = True
+) -> Callable[..., Any]:
     """Run ``fn(*args)`` so that between forward and backward only its arguments and what ``policy`` names are kept.
 
-    ``policy`` maps op calls (their ``name=``) to SAVE or RECOMPUTE; a call that is not named is recomputed. SAVE
-    keeps what the call produced: its outputs, and residuals that are not arguments. Forward runs without autograd
-    and records; a reverse liveness pass marks every call saved, run or dead (nobody needs its output again);
-    backward replays the layer once under autograd. Gradients are bitwise those of ``policy=None``, which is plain
-    autograd. ``fn`` must be a function of its arguments alone, made of ops and views: a closed-over tensor that
-    wants a gradient is refused with ValueError, as is a name in the policy that no call has.
+    ``policy`` maps op calls (their ``name=``) to SAVE, OFFLOAD or RECOMPUTE; a call that is not named is recomputed.
+    SAVE keeps what the call produced: its outputs, and residuals that are not arguments; OFFLOAD keeps that on the
+    host. ``"layer input"`` names the arguments that carry a gradient, which are kept anyway: SAVE or OFFLOAD.
+    ``host``: where all layers of one forward pass send what is offloaded, so that backward fetches it one layer ahead.
+    ``decode_once``: what backward reads twice of a weight in another form (NF4 decoded) it makes once; that takes
+    memory for up to a whole layer, False for one weight at a time.
+
+    Forward runs without autograd and records; a reverse liveness pass marks every call saved, run or dead (nobody
+    needs its output again); backward replays the layer once under autograd. Gradients are bitwise those of
+    ``policy=None``, which is plain autograd. ``fn`` must be a function of its arguments alone, made of ops and views: a
+    closed-over tensor that wants a gradient is refused with ValueError, as is a name in the policy that no call has.
     ``torch.utils.checkpoint`` would keep the same sets, but replays dead calls."""
     if policy is None:
         return fn
     for name, fate in policy.items():
-        if fate not in (SAVE, RECOMPUTE):
-            raise ValueError(f"remat: policy[{name!r}] is {fate!r}, expected {SAVE!r} or {RECOMPUTE!r}")
+        if fate not in (SAVE, RECOMPUTE, OFFLOAD) or (name == INPUT and fate == RECOMPUTE):
+            expected = (SAVE, OFFLOAD) if name == INPUT else (SAVE, OFFLOAD, RECOMPUTE)
+            raise ValueError(f"remat: policy[{name!r}] is {fate!r}, expected {' or '.join(map(repr, expected))}")
 
     def layer(*args: Tree) -> Any:
         leaves, spec = tree.flatten(args)
@@ -327,7 +349,7 @@ def remat(fn: Callable[..., Any], policy: Policy | None) -> Callable[..., Any]:
             raise ValueError("remat: called inside another remat; one layer at a time")
         if not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
             return fn(*args)
-        plan = _Plan(fn, spec, policy, backend.override())
+        plan = _Plan(fn, spec, policy, host or offload.Host(), decode_once, backend.override())
         out = _Layer.apply(plan, *leaves)
         return tree.unflatten(list(out) if isinstance(out, tuple) else [out], plan.out_spec)
 
@@ -338,8 +360,8 @@ def remat(fn: Callable[..., Any], policy: Policy | None) -> Callable[..., Any]:
 class Fate:
     """What a forward pass keeps of one op call until backward, in bytes.
 
-    ``fate``: "save", "recompute", "dead" (not needed again), or "autograd" where plain PyTorch decides (the reference
-    backend without a policy): the bytes are then those of the outputs alone.
+    ``fate``: "save", "offload" (the bytes are then the host's), "recompute", "dead" (not needed again), or "autograd"
+    where plain PyTorch decides (the reference backend without a policy): the bytes are then those of the outputs alone.
     """
 
     name: str
@@ -355,8 +377,8 @@ class ResidualReport:
 
     @property
     def bytes(self) -> int:
-        """All that is kept."""
-        return sum(row.bytes for row in self.rows)
+        """All that is kept on the device."""
+        return sum(row.bytes for row in self.rows if row.fate != OFFLOAD)
 
     def __str__(self) -> str:
         groups: dict[tuple[str, str], tuple[int, int]] = {}
@@ -366,7 +388,8 @@ class ResidualReport:
         lines = [f"{'call':<24}{'fate':<12}{'calls':>6}{'MiB kept':>12}"]
         for (name, fate), (calls, total) in groups.items():
             lines.append(f"{name:<24}{fate:<12}{calls:>6}{total / 2**20:>12.2f}")
-        return "\n".join([*lines, f"{'total':<42}{self.bytes / 2**20:>12.2f}"])
+        lines.append(f"{'total on the device':<42}{self.bytes / 2**20:>12.2f}")
+        return "\n".join(lines)
 
 
 def residual_report(fn: Callable[..., Any], *args: Tree) -> ResidualReport:
@@ -391,6 +414,8 @@ class _Plan:
     fn: Callable[..., Any]
     spec: Any
     policy: Policy
+    host: offload.Host
+    decode_once: bool
     backend: str | None
     out_spec: Any = None
 
@@ -437,7 +462,7 @@ class _Record:
         outputs = list(out) if isinstance(out, tuple) else [out]
         kept, spec = tree.flatten(residuals)
         codes = [_code(t, leaves, outputs) for t in kept]
-        keep = self.policy.get(name) == SAVE
+        keep = self.policy.get(name) in (SAVE, OFFLOAD)
         rebuilt = any(isinstance(code, Tensor) or code[0] == "out" for code in codes)
         self.entries.append(
             _Entry(
@@ -466,7 +491,7 @@ class _Record:
     def finish(self, final: Sequence[Tensor]) -> list[_Entry]:
         """Reverse liveness: a call runs again only if somebody reads what it makes, or its own backward needs it."""
         names = {entry.name for entry in self.entries}
-        if unknown := sorted(set(self.policy) - names):
+        if unknown := sorted(set(self.policy) - names - {INPUT}):
             raise ValueError(f"remat: policy names {unknown}, but the calls of this layer are {sorted(names)}")
         seen_by_ops = set().union(*(entry.reads for entry in self.entries)) if self.entries else set()
         returned = self._storages(final)
@@ -542,46 +567,216 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *leaves: Tensor) -> Any:
         ctx.set_materialize_grads(False)
-        frozen = [leaf for leaf, need in zip(leaves, ctx.needs_input_grad[1:], strict=True) if not need]
+        needs = ctx.needs_input_grad[1:]
+        frozen = [leaf for leaf, need in zip(leaves, needs, strict=True) if not need]
         tape = _Record(plan.policy, frozen)
         with _taping(tape):
             out = plan.fn(*tree.unflatten([leaf.detach() for leaf in leaves], plan.spec))
         outputs, plan.out_spec = tree.flatten(out)
         entries = tape.finish(outputs)
-        kept: list[Tensor] = []
+        # What is kept: the arguments, then of every saved call its outputs and fresh residuals.
+        kept = list(leaves)
+        moving = [i for i, (leaf, need) in enumerate(zip(leaves, needs, strict=True)) if need and not leaf.is_leaf]
+        away = set(moving) if plan.policy.get(INPUT) == OFFLOAD else set()
 
-        def keep(t: Tensor) -> int:
+        def keep(t: Tensor, name: str) -> int:
             kept.append(t)
+            if plan.policy.get(name) == OFFLOAD:
+                away.add(len(kept) - 1)
             return len(kept) - 1
 
         for entry in entries:
             if entry.fate == "saved":
-                entry.outputs = [keep(o) for o in entry.outputs]
+                entry.outputs = [keep(o, entry.name) for o in entry.outputs]
             if entry.residuals is not None:
-                entry.residuals = [("kept", keep(c)) if isinstance(c, Tensor) else c for c in entry.residuals]
-        ctx.plan, ctx.entries, ctx.inputs = plan, entries, len(leaves)
-        ctx.save_for_backward(*leaves, *kept)
+                codes = [("kept", keep(c, entry.name)) if isinstance(c, Tensor) else c for c in entry.residuals]
+                entry.residuals = codes
+        ctx.plan, ctx.entries, ctx.inputs, ctx.away = plan, entries, len(leaves), sorted(away)
+        ctx.save_for_backward(*[t for i, t in enumerate(kept) if i not in away])
+        ctx.parcel = plan.host.send([kept[i] for i in ctx.away]) if away else None
         if (fates := _report.get()) is not None:
-            moving = [
-                leaf for leaf, need in zip(leaves, ctx.needs_input_grad[1:], strict=True) if need and not leaf.is_leaf
-            ]
-            fates.append(Fate("layer input", SAVE, sum(t.nbytes for t in moving)))
+            fate = plan.policy.get(INPUT, SAVE)
+            fates.append(Fate(INPUT, fate, sum(leaves[i].nbytes for i in moving)))
             for entry in entries:
                 slots = [*entry.outputs, *[i for kind, i in entry.residuals or () if kind == "kept"]]
                 size = sum(kept[slot].nbytes for slot in slots) if entry.fate == "saved" else 0
-                fates.append(Fate(entry.name, {"run": RECOMPUTE, "saved": SAVE}.get(entry.fate, entry.fate), size))
+                fate = {"run": RECOMPUTE, "saved": plan.policy.get(entry.name)}.get(entry.fate, entry.fate)
+                fates.append(Fate(entry.name, str(fate), size))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        saved, plan = ctx.saved_tensors, ctx.plan
+        plan, here = ctx.plan, iter(ctx.saved_tensors)
+        device = next(ct.device for ct in cotangents if ct is not None)
+        back = iter(offload.take(ctx.parcel, device) if ctx.away else ())
+        kept = [next(back if i in ctx.away else here) for i in range(len(ctx.saved_tensors) + len(ctx.away))]
         needs = ctx.needs_input_grad[1:]
-        inputs = [x.detach().requires_grad_(need) for x, need in zip(saved[: ctx.inputs], needs, strict=True)]
-        # The engine's threads do not see the user's context: the backend of forward is set again here.
-        with torch.enable_grad(), backend.using(plan.backend), _taping(_Replay(ctx.entries, saved[ctx.inputs :])):
-            out = plan.fn(*tree.unflatten(inputs, plan.spec))
+        inputs = [x.detach().requires_grad_(need) for x, need in zip(kept[: ctx.inputs], needs, strict=True)]
         given = tuple(ABSENT if ct is None else ct for ct in cotangents)
-        found = _gradients(tuple(tree.leaves(out)), [x for x in inputs if x.requires_grad], given)
+        # The engine's threads do not see the user's context: the backend of forward is set again here.
+        with backend.using(plan.backend), _remembering(_Memo() if plan.decode_once else None):
+            with torch.enable_grad(), _taping(_Replay(ctx.entries, kept)):
+                out = plan.fn(*tree.unflatten(inputs, plan.spec))
+            del kept
+            found = _gradients(tuple(tree.leaves(out)), [x for x in inputs if x.requires_grad], given)
         gradients = [next(found) if need else ABSENT for need in needs]
         return (None, *[None if g is ABSENT else g for g in gradients])
+
+
+# ------------------------------------------------------------------------------------------------------------- memo
+
+
+class _Memo:
+    """What the backward pass of one layer has made and will read once more."""
+
+    def __init__(self) -> None:
+        self.made: dict[tuple[int, int], Tensor] = {}
+        self.hold = False  # while a loop over tiles will come by again
+
+
+@contextlib.contextmanager
+def _remembering(memo: _Memo | None) -> Iterator[None]:
+    token = _memo.set(memo)
+    try:
+        yield
+    finally:
+        _memo.reset(token)
+
+
+def once(of: Tensor, make: Callable[[], Tensor], *, again: bool) -> Tensor:
+    """``make()``; in the backward pass of a layer, what it made before of the same memory ``of``, if anything.
+
+    For what forward and backward of an op both read: a decoded NF4 weight. ``again``: whether the op's backward will
+    ask once more, after this; what nobody asks for any more is forgotten, as everything is with the layer."""
+    memo = _memo.get()
+    if memo is None:
+        return _made(make)
+    key = (of.untyped_storage()._cdata, of.storage_offset())
+    value = memo.made.pop(key, None)
+    if value is None:
+        value = _made(make)
+    if again or memo.hold:
+        memo.made[key] = value
+    return value
+
+
+def _made(make: Callable[[], Tensor]) -> Tensor:
+    value = make()
+    if (listener := _listener.get()) is not None:
+        listener("decode", "nf4", "", (value,), {}, ())
+    return value
+
+
+@contextlib.contextmanager
+def listening(hear: Callable[[str, str, str, Any, dict[str, Any], Tree], None]) -> Iterator[None]:
+    """``hear(phase, op, name, what, statics, needs)`` of everything that runs inside, in this thread, as it starts.
+
+    ``phase``: "forward" (what: the arguments), "backward" (what: residuals and cotangent) or "decode" (what: the matrix
+    that :func:`once` made). For planning and for counting, not for changing anything."""
+    token = _listener.set(hear)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+# ------------------------------------------------------------------------------------------------------------- tiles
+
+
+def tiled(fn: Callable[..., Any], size: int, *, name: str, decode_once: bool = True) -> Callable[..., Any]:
+    """``fn(w, *rows)`` run on ``size`` rows at a time: one call ``name`` to a policy, which keeps its arguments alone.
+
+    ``fn`` is made of ops and views, and every leaf of ``rows`` and of what it returns has the rows as its first
+    dimension, each depending on no other: DESIGN's token-local functions. What is alive in the middle of ``fn``,
+    forward and backward, is that of one tile. Gradients of ``w`` are added up over tiles in fp32, in order; those of
+    rows are as without tiles, as far as the products inside give a row the same bits among fewer others.
+    Backward replays a tile under autograd, but for what nobody needs again (see :func:`remat`). ``decode_once`` as
+    there, here for the span of all tiles. Raises ValueError for a size below 1 or an output without the rows."""
+    if size < 1:
+        raise ValueError(f"tiled: size is {size}, expected at least 1")
+    tiles = _Tiles(fn, size, name, decode_once)
+
+    def call(w: Tree, *rows: Tree) -> Any:
+        leaves, spec = tree.flatten((w, rows))
+        tape, tiles.backend = _tape.get(), backend.override()
+        op_call = _Call(name, (tiles.forward, tiles.backward), spec, {}, tape)
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+            out = _Op.apply(op_call, *leaves)
+        else:
+            out = op_call.forward(leaves, tape.needs(name, leaves) if tape else [False] * len(leaves))[0]
+        return tree.unflatten(out, tiles.out_spec)
+
+    return call
+
+
+class _Tiles:
+    """The pair of a tiled function. What it learns in forward (structure, no tensors) is the same in every run."""
+
+    def __init__(self, fn: Callable[..., Any], size: int, name: str, decode_once: bool) -> None:
+        self.fn, self.size, self.name, self.decode_once = fn, size, name, decode_once
+        self.backend: str | None = None
+        self.entries: dict[int, list[_Entry]] = {}  # rows of a tile -> its calls
+        self.out_spec: Any = None
+
+    def _tiles(self, rows: Tree) -> Iterator[tuple[slice, Tree]]:
+        count = tree.leaves(rows)[0].shape[0]
+        for start in range(0, max(count, 1), self.size):
+            here = slice(start, min(start + self.size, count))
+            yield here, tree.map(lambda t, here=here: t[here].detach(), rows)
+
+    def forward(self, w: Tree, rows: Tree, *, needs: Tree) -> tuple[tuple[Tensor, ...], Tree]:
+        both = zip(tree.leaves((w, rows)), tree.leaves(needs), strict=True)
+        frozen = [leaf for leaf, need in both if need is not True]
+        still, whole = tree.map(_detach, w), []
+        memo = _Memo() if self.decode_once else None
+        if memo is not None:
+            memo.hold = True
+        with torch.no_grad(), _remembering(memo):
+            for here, part in self._tiles(rows):
+                tape = _Record({}, frozen)
+                with _taping(tape):
+                    found, self.out_spec = tree.flatten(self.fn(still, *part))
+                self.entries[here.stop - here.start] = tape.finish(found)
+                if not whole:
+                    count = tree.leaves(rows)[0].shape[0]
+                    for t in found:
+                        if t.ndim == 0 or t.shape[0] != here.stop:
+                            got = f"a tensor of shape {tuple(t.shape)} for {here.stop} rows"
+                            raise ValueError(f"tiled: {self.name} returns {got}, expected (rows, ...)")
+                    whole = [torch.empty((count, *t.shape[1:]), dtype=t.dtype, device=t.device) for t in found]
+                for target, t in zip(whole, found, strict=True):
+                    target[here] = t
+                del found, part
+        return tuple(whole), (w, rows)
+
+    def backward(self, residuals: Tree, cotangents: tuple[Any, ...], *, needs: Tree) -> tuple[Any, Any]:
+        (w, rows), (needs_w, needs_rows) = residuals, (tree.leaves(part) for part in needs)
+        w_leaves, w_spec = tree.flatten(w)
+        dw: list[Any] = [ABSENT] * len(w_leaves)
+        row_leaves, row_spec = tree.flatten(rows)
+        d_rows = [torch.zeros_like(t) if n is True else ABSENT for t, n in zip(row_leaves, needs_rows, strict=True)]
+        count = row_leaves[0].shape[0]
+        memo = _memo.get() or (_Memo() if self.decode_once else None)
+        with backend.using(self.backend), _remembering(memo):
+            for here, part in self._tiles(rows):
+                if memo is not None:
+                    memo.hold = here.stop < count
+                still = [t.detach().requires_grad_(n is True) for t, n in zip(w_leaves, needs_w, strict=True)]
+                moving, part_spec = tree.flatten(part)
+                for t, need in zip(moving, needs_rows, strict=True):
+                    t.requires_grad_(need is True)
+                entries = self.entries[here.stop - here.start]
+                with torch.enable_grad(), _taping(_Replay(entries, ())):
+                    out = self.fn(tree.unflatten(still, w_spec), *tree.unflatten(moving, part_spec))
+                given = tuple([ct if ct is ABSENT else ct[here] for ct in cotangents])
+                found = _gradients(tuple(tree.leaves(out)), [t for t in (*still, *moving) if t.requires_grad], given)
+                del out
+                for i, t in enumerate(still):
+                    if t.requires_grad and (g := next(found)) is not ABSENT:
+                        dw[i] = g.to(torch.float32, copy=True) if dw[i] is ABSENT else dw[i].add_(g)
+                for t, d in zip(moving, d_rows, strict=True):
+                    if t.requires_grad and (g := next(found)) is not ABSENT:
+                        d[here] = g
+        dw = [d if d is ABSENT else d.to(t.dtype) for d, t in zip(dw, w_leaves, strict=True)]
+        return tree.unflatten(dw, w_spec), tree.unflatten(d_rows, row_spec)

@@ -1,0 +1,120 @@
+"""Tensors that wait on the host between forward and backward, copied while the GPU computes.
+
+A :class:`Host` belongs to one forward pass. Layers send parcels in their order and take them back in reverse; two
+parcels at most are on the device beside the layer that is running: forward, the one whose copy out is under way;
+backward, the one that is on its way in for the layer that comes next. Each layer waits for the copy that was begun
+one layer before, so memory does not depend on how fast the link is, only time does. The last parcel is wanted again
+at once and stays on the device until then.
+
+Host buffers are pinned. They come from PyTorch's pool, which gives a buffer out again only when the copies that use it
+have ended: steps of one shape use the same buffers over and over. Device buffers are allocated and freed on the stream
+of the computation, which waits for a copy before it lets go of what the copy reads or wrote. On a CPU a parcel is a
+copy; on meta tensors it is nothing but shapes.
+
+Source of the idea: vDNN (Rhu et al. 2016, arXiv 1602.08124): offload forward, prefetch one layer ahead backward.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class Parcel:
+    """Tensors that one layer sent; ``here`` are they as long as the device holds them."""
+
+    away: list[Any]  # on the host; of a meta tensor (shape, strides, dtype)
+    here: list[Tensor] | None
+    left: Any  # event: the copy out has ended
+    before: "Parcel | None"
+    came: Any = None  # event: the copy in has ended
+
+
+class Host:
+    """What the layers of one forward pass have sent to the host."""
+
+    def __init__(self) -> None:
+        self._last: Parcel | None = None
+
+    def send(self, tensors: Sequence[Tensor]) -> Parcel:
+        """Begin to copy ``tensors`` out, of one device; their memory is free when the next parcel is sent."""
+        before = self._last
+        if before is not None:
+            _let_go(before)
+        on_gpu = bool(tensors) and tensors[0].is_cuda
+        with _beside(tensors[0].device, "out") if on_gpu else contextlib.nullcontext() as stream:
+            away = [_away(t) for t in tensors]
+            left = stream.record_event() if stream else None
+        self._last = Parcel(away, list(tensors), left, before)
+        return self._last
+
+
+def take(parcel: Parcel, device: torch.device) -> list[Tensor]:
+    """What was sent, on ``device`` again, ready for the current stream; the parcel before it sets out now.
+
+    May be called again: the host's copies stay as long as the parcel."""
+    _fetch(parcel, device)
+    if parcel.came is not None:
+        torch.cuda.current_stream(device).wait_event(parcel.came)
+    tensors = parcel.here or []
+    if parcel.before is not None:
+        _fetch(parcel.before, device)
+    _let_go(parcel)
+    parcel.came = None
+    return tensors
+
+
+def _let_go(parcel: Parcel) -> None:
+    """The device's copies may be freed: whoever reuses their memory on the current stream comes after the copy out."""
+    if parcel.here and parcel.left is not None:
+        torch.cuda.current_stream(parcel.here[0].device).wait_event(parcel.left)
+    parcel.here = None
+
+
+def _fetch(parcel: Parcel, device: torch.device) -> None:
+    """Begin to copy in what is not here."""
+    if parcel.here is not None:
+        return
+    if device.type != "cuda":
+        parcel.here = [_back(t, device) for t in parcel.away]
+        return
+    # Allocated on the stream of the computation, whose earlier work may still use that memory: the copy waits for it.
+    parcel.here = [torch.empty_like(t, device=device) for t in parcel.away]
+    with _beside(device, "in") as stream:
+        stream.wait_event(parcel.left)
+        for t, host in zip(parcel.here, parcel.away, strict=True):
+            t.copy_(host, non_blocking=True)
+        parcel.came = stream.record_event()
+
+
+def _away(t: Tensor) -> Any:
+    if t.is_cuda:
+        return torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
+    # A buffer of the same layout, so that it comes back as it was.
+    return (t.shape, torch.empty_like(t).stride(), t.dtype) if t.is_meta else torch.empty_like(t).copy_(t)
+
+
+def _back(t: Any, device: torch.device) -> Tensor:
+    if isinstance(t, Tensor):
+        return torch.empty_like(t).copy_(t)
+    shape, strides, dtype = t
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device, direction: str) -> Iterator[torch.cuda.Stream]:
+    """The stream of copies in one direction, as the current one, behind what the computation has queued so far."""
+    stream = _stream(device.index or 0, direction)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield stream
+
+
+@functools.cache
+def _stream(index: int, direction: str) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
