@@ -1,5 +1,6 @@
 """Accumulated gradients are those of one batch, and a run that was killed ends with the bits of one that was not."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -19,7 +20,7 @@ from oprule import DEVICE, assert_op_rule
 from safetensors.torch import load_file
 from tiny import VERSIONS, judge, ours
 
-from unsloth_core import backend, checkpoint, lora, optim, random, train, tree
+from unsloth_core import backend, capture, checkpoint, lora, optim, random, train, tree
 from unsloth_core.autodiff import SAVE, value_and_grad
 from unsloth_core.data import Batch
 from unsloth_core.load import load
@@ -598,3 +599,169 @@ def test_a_picture_of_any_history(tmp_path):
     ):
         train.plot_loss(history, tmp_path / f"{n}.png")
         assert (tmp_path / f"{n}.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- the step as a CUDA graph
+
+needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs are recorded and replayed by a GPU alone")
+
+
+def some_batches(count):
+    """Microbatches of two or three static shapes: few and many targets, short and long segments."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for i in range(count):
+        lengths = [2, 3, 2] if i % 3 == 1 else [9, 7, 8, 6, 5]
+        examples = [(torch.randint(0, 97, (n,), generator=generator).tolist(), None) for n in lengths]
+        found.append(Batch.of(examples, vocab_size=97, tokens=40, segments=8).to(DEVICE))
+    return found
+
+
+def train_on(groups, *, capture, policy=None, quantize=None, state_dtype=torch.float32):
+    """Adapters, states and metrics after a step per group of microbatches; the step itself."""
+    model_type, overrides = VERSIONS["smollm2"]
+    model, params = ours(judge(model_type, **overrides), quantize=quantize)
+    adapters = tree.map(lambda t: t + 0.02, lora.init(random.key(0), params, rank=2))
+    optimizer = optim.adamw(optim.cosine(1e-2, 20, 3), weight_decay=0.1, state_dtype=state_dtype)
+    state = optimizer.init(adapters)
+    step = make_step(model, params, optimizer, max_norm=0.5, policy=policy, capture=capture)
+    metrics = []
+    for group in groups:
+        adapters, state, found = step(adapters, state, group)
+        metrics.append(found)
+    return (adapters, state, metrics), step
+
+
+@needs_cuda
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("policy", [None, {}], ids=["default", "recompute"])
+@pytest.mark.parametrize("state_dtype", [torch.float32, "8bit"], ids=str)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_captured_step_gives_the_same_bits(accumulate, state_dtype, policy, quantize, monkeypatch):
+    monkeypatch.setattr(optim.blockwise, "LEAST", 1)
+    batches = some_batches(14)
+    groups = [batches[i : i + accumulate] for i in range(0, len(batches), accumulate)]
+    options = {"policy": policy, "quantize": quantize, "state_dtype": state_dtype}
+    plain, _ = train_on(groups, capture=False, **options)
+    captured, step = train_on(groups, capture=True, **options)
+    assert step.graphs >= 2
+    for (path, a), (_, b) in zip(tree.items(captured), tree.items(plain), strict=True):
+        assert torch.equal(a, b), path
+
+
+@needs_cuda
+def test_a_captured_step_does_not_grow():
+    batches = some_batches(9)
+    _, step = train_on([[b] for b in batches], capture=True)
+    adapters, state = step._owned
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()
+    for _ in range(5):
+        for batch in batches:
+            adapters, state, _ = step(adapters, state, [batch])
+    after = torch.cuda.memory_stats()
+    for name in ("allocated_bytes.all.current", "reserved_bytes.all.current"):
+        assert after[name] == before[name]
+
+
+@needs_cuda
+def test_a_captured_run_is_an_uncaptured_one(whole, tmp_path):
+    assert_same_run(whole[0], run(tmp_path, capture=True), whole[1], tmp_path)
+
+
+@needs_cuda
+def test_a_captured_step_refuses_other_tensors():
+    batch = some_batches(1)
+    (adapters, state, _), step = train_on([batch, batch], capture=True)
+    with pytest.raises(ValueError, match="capture: adapters or state are not the tensors of the first step"):
+        step(tree.map(torch.clone, adapters), state, batch)
+
+
+class Recorded:
+    """In place of a CUDA graph, where there is none: replaying runs the step again."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+
+    def pool(self):
+        return "pool"
+
+
+class Counter:
+    """A step that adds up what it sees, in place."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, adapters, state, microbatches):
+        self.calls += 1
+        state += sum(batch.tokens_N.sum() for batch in microbatches)
+        return adapters, state, {"targets": sum(batch.count for batch in microbatches)}
+
+
+def counted(monkeypatch, step):
+    """``Captured(step)`` with graphs that hold nothing, on any device."""
+    graphs = []
+
+    @contextlib.contextmanager
+    def recording(graph, pool):
+        assert pool == ("pool" if graphs else None)
+        graphs.append(graph)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(capture.Captured, "_check", lambda self, adapters, state: adapters.device)
+    captured = capture.Captured(step)
+    captured._addresses = [t.data_ptr() for t in state_of(captured)]
+    return captured, graphs
+
+
+ADAPTERS, STATE = torch.zeros(2, device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)
+
+
+def state_of(_):
+    return ADAPTERS, STATE
+
+
+def test_a_graph_for_every_shape_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(capture, "MOST", 2)
+    step = Counter()
+    captured, graphs = counted(monkeypatch, step)
+    short, long, other = some_batches(2)[1], some_batches(1)[0], some_batches(3)[2].to(DEVICE)
+    other = dataclasses.replace(other, max_position=128)
+    sequence = [[long], [short], [long], [long], [short], [other], [other], [other], [long]]
+    for group in sequence:
+        _, _, metrics = captured(ADAPTERS, STATE, group)
+    # Eager once and recorded once for each of two shapes; the third has no room and runs as ever.
+    assert step.calls == 4 + 3 and captured.graphs == 2 and [g.replays for g in graphs] == [3, 1]
+    assert float(metrics["targets"]) == float(long.count)
+
+
+def test_buffers_hold_the_batch_that_is_replayed(monkeypatch):
+    captured, _ = counted(monkeypatch, Counter())
+    first, second = some_batches(4)[0], some_batches(4)[3]
+    for batch in (first, first, second):
+        captured(ADAPTERS, STATE, [batch])
+    (recording,) = captured._recordings.values()
+    for (path, a), b in zip(tree.items(recording.microbatches[0]), tree.leaves(second), strict=True):
+        assert torch.equal(a, b), path
+    assert not torch.equal(first.tokens_N, second.tokens_N)
+
+
+def test_a_step_that_is_not_in_place_is_refused(monkeypatch):
+    captured, _ = counted(monkeypatch, lambda adapters, state, microbatches: (adapters + 1, state, {}))
+    with pytest.raises(ValueError, match="capture: the step returned new tensors for adapters or state"):
+        captured(ADAPTERS, STATE, some_batches(1))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the error of a machine without a GPU")
+def test_capture_needs_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match="make_step: capture, but the weights are on cpu, expected cuda"):
+        run(tmp_path / "a", capture=True)
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ValueError, match="capture: adapters or state are on cpu, expected cuda"):
+        capture.Captured(Counter())(ADAPTERS, STATE, some_batches(1))

@@ -54,6 +54,7 @@ OPTION_HELP = {
     "eval_every": "Steps between these measurements.",
     "save_every": "Steps between checkpoints, from which an interrupted run goes on.",
     "seed": "Seed of the adapters' first values and of the order of examples.",
+    "capture": "Replay the step as a CUDA graph: faster for small models, with the same results. Needs a GPU.",
 }  # fmt: skip
 
 
