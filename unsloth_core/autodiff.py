@@ -593,7 +593,7 @@ class _Layer(torch.autograd.Function):
                 entry.residuals = codes
         ctx.plan, ctx.entries, ctx.inputs, ctx.away = plan, entries, len(leaves), sorted(away)
         ctx.save_for_backward(*[t for i, t in enumerate(kept) if i not in away])
-        ctx.parcel = plan.host.send([kept[i] for i in ctx.away]) if away else None
+        ctx.parcel, ctx.device = plan.host.send([kept[i] for i in ctx.away]) if away else None, outputs[0].device
         if (fates := _report.get()) is not None:
             fate = plan.policy.get(INPUT, SAVE)
             fates.append(Fate(INPUT, fate, sum(leaves[i].nbytes for i in moving)))
@@ -608,8 +608,7 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         plan, here = ctx.plan, iter(ctx.saved_tensors)
-        device = next(ct.device for ct in cotangents if ct is not None)
-        back = iter(offload.take(ctx.parcel, device) if ctx.away else ())
+        back = iter(offload.take(ctx.parcel, ctx.device) if ctx.away else ())
         kept = [next(back if i in ctx.away else here) for i in range(len(ctx.saved_tensors) + len(ctx.away))]
         needs = ctx.needs_input_grad[1:]
         inputs = [x.detach().requires_grad_(need) for x, need in zip(kept[: ctx.inputs], needs, strict=True)]
@@ -684,18 +683,21 @@ def listening(hear: Callable[[str, str, str, Any, dict[str, Any], Tree], None]) 
 # ------------------------------------------------------------------------------------------------------------- tiles
 
 
-def tiled(fn: Callable[..., Any], size: int, *, name: str, decode_once: bool = True) -> Callable[..., Any]:
+def tiled(
+    fn: Callable[..., Any], size: int, *, name: str, sums: tuple[bool, ...] = (), decode_once: bool = True
+) -> Callable[..., Any]:
     """``fn(w, *rows)`` run on ``size`` rows at a time: one call ``name`` to a policy, which keeps its arguments alone.
 
     ``fn`` is made of ops and views, and every leaf of ``rows`` and of what it returns has the rows as its first
-    dimension, each depending on no other: DESIGN's token-local functions. What is alive in the middle of ``fn``,
+    dimension, each depending on no other: DESIGN's token-local functions. ``sums``, where given, says of each entry of
+    the tuple that ``fn`` returns whether it is a sum over rows instead. What is alive in the middle of ``fn``,
     forward and backward, is that of one tile. Gradients of ``w`` are added up over tiles in fp32, in order; those of
     rows are as without tiles, as far as the products inside give a row the same bits among fewer others.
     Backward replays a tile under autograd, but for what nobody needs again (see :func:`remat`). ``decode_once`` as
     there, here for the span of all tiles. Raises ValueError for a size below 1 or an output without the rows."""
     if size < 1:
         raise ValueError(f"tiled: size is {size}, expected at least 1")
-    tiles = _Tiles(fn, size, name, decode_once)
+    tiles = _Tiles(fn, size, name, sums, decode_once)
 
     def call(w: Tree, *rows: Tree) -> Any:
         leaves, spec = tree.flatten((w, rows))
@@ -713,9 +715,10 @@ def tiled(fn: Callable[..., Any], size: int, *, name: str, decode_once: bool = T
 class _Tiles:
     """The pair of a tiled function. What it learns in forward (structure, no tensors) is the same in every run."""
 
-    def __init__(self, fn: Callable[..., Any], size: int, name: str, decode_once: bool) -> None:
-        self.fn, self.size, self.name, self.decode_once = fn, size, name, decode_once
+    def __init__(self, fn: Callable[..., Any], size: int, name: str, sums: tuple[bool, ...], decode_once: bool) -> None:
+        self.fn, self.size, self.name, self.sums, self.decode_once = fn, size, name, sums, decode_once
         self.backend: str | None = None
+        self.added: list[bool] = []  # of each tensor that comes out: is it a sum over rows?
         self.entries: dict[int, list[_Entry]] = {}  # rows of a tile -> its calls
         self.out_spec: Any = None
 
@@ -736,19 +739,31 @@ class _Tiles:
             for here, part in self._tiles(rows):
                 tape = _Record({}, frozen)
                 with _taping(tape):
-                    found, self.out_spec = tree.flatten(self.fn(still, *part))
+                    out = self.fn(still, *part)
+                found, self.out_spec = tree.flatten(out)
                 self.entries[here.stop - here.start] = tape.finish(found)
                 if not whole:
-                    count = tree.leaves(rows)[0].shape[0]
-                    for t in found:
-                        if t.ndim == 0 or t.shape[0] != here.stop:
-                            got = f"a tensor of shape {tuple(t.shape)} for {here.stop} rows"
-                            raise ValueError(f"tiled: {self.name} returns {got}, expected (rows, ...)")
-                    whole = [torch.empty((count, *t.shape[1:]), dtype=t.dtype, device=t.device) for t in found]
-                for target, t in zip(whole, found, strict=True):
-                    target[here] = t
-                del found, part
+                    self.added, whole = self._begin(out, here.stop, tree.leaves(rows)[0].shape[0])
+                for target, t, added in zip(whole, found, self.added, strict=True):
+                    if added:
+                        target.add_(t)
+                    else:
+                        target[here] = t
+                del out, found, part
         return tuple(whole), (w, rows)
+
+    def _begin(self, out: Any, rows: int, count: int) -> tuple[list[bool], list[Tensor]]:
+        """Room for all rows of what ``rows`` of them gave, and which of it is a sum."""
+        of_entries = [(entry, False) for entry in (out if isinstance(out, tuple) else (out,))]
+        if self.sums:
+            of_entries = list(zip(out, self.sums, strict=True))
+        leaves = [(t, added) for entry, added in of_entries for t in tree.leaves(entry)]
+        for t, added in leaves:
+            if not added and (t.ndim == 0 or t.shape[0] != rows):
+                got = f"a tensor of shape {tuple(t.shape)} for {rows} rows"
+                raise ValueError(f"tiled: {self.name} returns {got}, expected (rows, ...)")
+        whole = [torch.zeros_like(t) if added else t.new_empty((count, *t.shape[1:])) for t, added in leaves]
+        return [added for _, added in leaves], whole
 
     def backward(self, residuals: Tree, cotangents: tuple[Any, ...], *, needs: Tree) -> tuple[Any, Any]:
         (w, rows), (needs_w, needs_rows) = residuals, (tree.leaves(part) for part in needs)
@@ -769,7 +784,8 @@ class _Tiles:
                 entries = self.entries[here.stop - here.start]
                 with torch.enable_grad(), _taping(_Replay(entries, ())):
                     out = self.fn(tree.unflatten(still, w_spec), *tree.unflatten(moving, part_spec))
-                given = tuple([ct if ct is ABSENT else ct[here] for ct in cotangents])
+                both = zip(cotangents, self.added, strict=True)
+                given = tuple([ct if ct is ABSENT or added else ct[here] for ct, added in both])
                 found = _gradients(tuple(tree.leaves(out)), [t for t in (*still, *moving) if t.requires_grad], given)
                 del out
                 for i, t in enumerate(still):
