@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unsloth_core import backend
-from unsloth_core.autodiff import SAVE, Policy, remat
+from unsloth_core import backend, offload
+from unsloth_core.autodiff import SAVE, Policy, remat, tiled
 from unsloth_core.cache import Cache
 from unsloth_core.ops.attention import attention
 from unsloth_core.ops.linear import linear
@@ -41,6 +41,28 @@ class AttentionSpec(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How a training step runs, which never changes what it computes.
+
+    ``policy``: what each layer keeps for backward (see :func:`unsloth_core.autodiff.remat`); None is the family's
+    ``SAVED`` with kernels, and plain autograd with the reference backend. ``tile``: run ``pre`` and ``post`` on so many
+    tokens at a time; a layer's calls are then "pre", "attn" and "post", and None keeps "attn". ``decode_once``: what
+    backward reads of NF4 weights it decodes once per layer, not once per product. ``chunk_logits``: how many logits
+    exist at a time (see :func:`unsloth_core.ops.linear_cross_entropy`); None: its default.
+    """
+
+    policy: Policy | None = None
+    tile: int | None = None
+    decode_once: bool = True
+    chunk_logits: int | None = None
+
+    @staticmethod
+    def of(policy: "Schedule | Policy | None") -> "Schedule":
+        """A policy alone is a schedule that is the default otherwise."""
+        return policy if isinstance(policy, Schedule) else Schedule(policy)
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     """A family's pure functions bound to a config and a tokenizer; the weights are always an argument."""
 
@@ -66,13 +88,13 @@ class Model:
 
     def loss(
         self, params: Any, batch: "Batch", *, count: Tensor | None = None, key: Tensor | None = None,
-        policy: Policy | None = None,
+        policy: Schedule | Policy | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """``(loss, aux)``: cross-entropy summed over the batch's targets, divided by ``count``.
 
         ``count``: 0-d device tensor; default the batch's own number of targets. Giving the count of a larger batch
         makes gradients of microbatches add up to that batch's. ``key``: for random ops; no family has any yet.
-        ``policy``: what each layer keeps for backward (see :func:`unsloth_core.autodiff.remat`); None is
+        ``policy``: a :class:`Schedule`, or the policy of one: what each layer keeps for backward; None is
         ``default_policy`` with kernels, and plain autograd with the reference backend. A batch on another device is
         copied to the weights'. aux: ``loss_sum`` and ``count``, 0-d fp32.
         """
@@ -86,25 +108,29 @@ class Model:
         )  # fmt: skip
         head_VD = params.embed if params.head is ABSENT else params.head
         total = linear_cross_entropy(
-            x_ND, head_VD, batch.targets_M, batch.target_rows_M, softcap=self.config.logit_softcap, name="loss"
-        )
+            x_ND, head_VD, batch.targets_M, batch.target_rows_M, softcap=self.config.logit_softcap,
+            chunk_logits=Schedule.of(policy).chunk_logits, name="loss",
+        )  # fmt: skip
         count = batch.count if count is None else count
         return total / count, {"loss_sum": total, "count": count}
 
 
 def hidden(
     family: ModuleType, params: Any, tokens_N: Tensor, positions_N: Tensor, segments: Segments, *,
-    max_position: int, policy: Policy | None = None,
+    max_position: int, policy: Schedule | Policy | None = None,
 ) -> Tensor:  # fmt: skip
     """The normed hidden state (N, D) of every token of a packed buffer; ``max_position``: host bound on positions."""
     cfg = params.config
-    if policy is None and backend.resolve(tokens_N) == "triton":
-        policy = dict.fromkeys(family.SAVED, SAVE)
+    schedule, host = Schedule.of(policy), offload.Host()
+    kept = schedule.policy
+    if kept is None and (schedule.tile or backend.resolve(tokens_N) == "triton"):
+        kept = dict.fromkeys(("attn",) if schedule.tile else family.SAVED, SAVE)
     rotations = tables(family, cfg, positions_N, max_position, dtype=torch.float32)
     x_ND = family.embed(params, tokens_N, cfg)
     for i, w in enumerate(params.layers):
         attend = family.spec(cfg, i)
-        x_ND, _ = remat(layer(family, cfg, attend), policy)(w, x_ND, rotations[attend.rope], segments)
+        run = remat(layer(family, cfg, attend, schedule), kept, host=host, decode_once=schedule.decode_once)
+        x_ND, _ = run(w, x_ND, rotations[attend.rope], segments)
     return family.final(params, x_ND, cfg)
 
 
@@ -130,13 +156,25 @@ def hidden_cached(
     return family.final(params, x_ND, cfg), cache
 
 
-def layer(family: ModuleType, cfg: Any, attend: AttentionSpec) -> Callable[..., tuple[Tensor, Any]]:
+def layer(
+    family: ModuleType, cfg: Any, attend: AttentionSpec, schedule: Schedule = Schedule()
+) -> Callable[..., tuple[Tensor, Any]]:
     """One layer as a function of its weights, the stream, the rotation and the segments: what ``remat`` takes."""
 
-    def run(w: Any, x_ND: Tensor, rot: tuple[Tensor, Tensor], segments: Segments) -> tuple[Tensor, Any]:
-        q_NHK, k_NGK, v_NGK = family.pre(w, x_ND, rot, cfg)
-        o_NHK = attention(q_NHK, k_NGK, v_NGK, segments, segments, name="attn", **attend.statics)
+    def pre(w: Any, x_ND: Tensor, rot: tuple[Tensor, Tensor]) -> Any:
+        return family.pre(w, x_ND, rot, cfg)
+
+    def post(w: Any, x_ND: Tensor, o_NHK: Tensor) -> tuple[Tensor, Any]:
         return family.post(w, x_ND, o_NHK, cfg)
+
+    if schedule.tile:
+        pre = tiled(pre, schedule.tile, name="pre", decode_once=schedule.decode_once)
+        post = tiled(post, schedule.tile, name="post", sums=(False, True), decode_once=schedule.decode_once)
+
+    def run(w: Any, x_ND: Tensor, rot: tuple[Tensor, Tensor], segments: Segments) -> tuple[Tensor, Any]:
+        q_NHK, k_NGK, v_NGK = pre(w, x_ND, rot)
+        o_NHK = attention(q_NHK, k_NGK, v_NGK, segments, segments, name="attn", **attend.statics)
+        return post(w, x_ND, o_NHK)
 
     return run
 
