@@ -39,9 +39,12 @@ def strided(t: Tensor) -> Tensor:
 
 def assert_op_rule(ours: Tensor, torch_same: Tensor, t64: Tensor, what: str, factor: float = 2.0) -> None:
     """``max|ours - t64| <= factor·max|torch - t64| + ulp`` and the same for the relative norm; non-finite values
-    coincide."""
+    coincide, and integers are equal."""
     assert ours.shape == t64.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(t64.shape)}"
     assert ours.dtype == torch_same.dtype, f"{what}: dtype {ours.dtype}, PyTorch gives {torch_same.dtype}"
+    if not ours.is_floating_point():
+        assert torch.equal(ours, t64), f"{what}: integers differ"
+        return
     o, p = ours.detach().double(), torch_same.detach().double()
     bad = ~torch.isfinite(t64)
     if bad.any():
