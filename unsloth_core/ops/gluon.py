@@ -1,0 +1,46 @@
+"""Gluon, Triton's language for one architecture at a time, under one set of names: what kernels for Hopper import.
+
+In Gluon a kernel says itself what Triton's compiler otherwise decides: where a tile lies in shared memory, which warps
+do what, when a copy or a product begins and when it is waited for. The language is experimental and moves: this file
+is the only one that knows how Triton 3.6 to 3.9 differ.
+
+    3.6                                  3.9                    here
+    tma.async_copy_global_to_shared      tma.async_load         ``load(desc, [row, column], barrier, tile)``
+    tma.async_copy_shared_to_global      tma.async_store        ``store(desc, [row, column], tile)``
+    triton.language.core._aggregate      gluon.aggregate        ``aggregate``: a class whose objects kernels pass around
+    gl.thread_barrier                    gl.barrier             ``barrier()``
+
+Not interpretable: Gluon kernels are compiled, also under TRITON_INTERPRET=1, and run on Hopper alone."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.core import _aggregate as aggregate
+
+jit = gluon.jit
+make_tensor_descriptor = tma.make_tensor_descriptor
+store_wait = tma.store_wait
+load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+__all__ = [
+    "aggregate",
+    "barrier",
+    "fence_async_shared",
+    "gl",
+    "jit",
+    "load",
+    "make_tensor_descriptor",
+    "mbarrier",
+    "store",
+    "store_wait",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]
