@@ -21,6 +21,7 @@ NOT_OPS = {
     "attention_tiles": "functions that attention's kernels share; they are tested through every one of them",
     "checks": "demands on tensors that ops share; they are tested through every op",
     "dynamic_map": "an 8-bit number format that nf4 and the optimizer share",
+    "gluon": "names of Triton's other language; they are tested through the kernels written in it",
     "language": "functions that kernels share; they are tested through every op",
 }
 # ops/ files whose op has no gradient: of the contract's names only `cost`; the rest holds.
