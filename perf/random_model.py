@@ -89,3 +89,8 @@ def random_model(
 
     params = weights.build(family.Weights, config.dims, make, config=config)
     return Model(family=family, config=config, source=f"random {shape}"), params
+
+
+def random_ids(batch: int, seq: int, vocab: int, seed: int = 0) -> Tensor:
+    """(batch, seq) int64 token ids on the CPU, the same for everybody."""
+    return torch.randint(vocab, (batch, seq), generator=torch.Generator().manual_seed(seed))

@@ -36,7 +36,8 @@ sys.path.insert(0, str(ROOT))  # so that a plain checkout is enough
 
 from perf import random_model  # noqa: E402
 from unsloth_core import data, lora, optim, random  # noqa: E402
-from unsloth_core.autodiff import SAVE, Policy  # noqa: E402
+from unsloth_core.autodiff import SAVE  # noqa: E402
+from unsloth_core.models.decoder import Schedule  # noqa: E402
 from unsloth_core.train import OPTIMIZER_STATES, make_step  # noqa: E402
 
 IMPLS = ("ours", "unsloth", "hf", "liger")
@@ -90,19 +91,20 @@ def runs_of(text: str, steps: int, policies: Sequence[str]) -> list[Run]:
     return runs
 
 
-def policy_of(text: str) -> Policy | None:
-    """``default``: what ``policy=None`` keeps; ``recompute``: layer inputs only; ``attn,mid=offload``: these calls."""
-    if text == "default":
-        return None
-    if text == "recompute":
-        return {}
-    pairs = (item.partition("=") for item in text.split(","))
-    return {name: fate or SAVE for name, _, fate in pairs}
+def schedule_of(text: str) -> Schedule:
+    """``default``: the library's own; ``recompute``: layer inputs only; ``attn,mid=offload``: to keep these calls.
 
-
-def random_ids(run: Run, vocab: int) -> Tensor:
-    """(bs, seq) int64 on the CPU, the same for everybody."""
-    return torch.randint(vocab, (run.batch, run.seq), generator=torch.Generator().manual_seed(0))
+    ``tile=``, ``chunk_logits=`` and ``decode_once=0`` among them are the other fields of the schedule."""
+    policy: dict[str, str] | None = None
+    others: dict[str, int] = {}
+    for name, _, value in (item.partition("=") for item in text.split(",")):
+        if name in ("tile", "chunk_logits", "decode_once"):
+            others[name] = int(value)
+        elif name != "default":
+            policy = policy or {}
+            if name != "recompute":
+                policy[name] = value or SAVE
+    return Schedule(policy, **others)
 
 
 def ours(setting: Setting) -> Prepare:
@@ -116,9 +118,11 @@ def ours(setting: Setting) -> Prepare:
         adapters = lora.init(random.key(0), params, rank=setting.rank)
         optimizer = optim.adamw(LR, state_dtype=OPTIMIZER_STATES[setting.optimizer])
         state = optimizer.init(adapters)
-        batch = data.from_tokens(random_ids(run, vocab), vocab_size=vocab).to(setting.device)
+        batch = data.from_tokens(random_model.random_ids(run.batch, run.seq, vocab), vocab_size=vocab).to(
+            setting.device
+        )
         options: dict[str, Any] = {"capture": True} if setting.capture else {}
-        step = make_step(model, params, optimizer, max_norm=None, policy=policy_of(run.policy), **options)
+        step = make_step(model, params, optimizer, max_norm=None, policy=schedule_of(run.policy), **options)
 
         def one() -> Tensor:
             nonlocal adapters, state

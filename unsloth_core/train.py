@@ -21,11 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint, data, lora, optim, random, tree
-from .autodiff import RECOMPUTE, SAVE, Policy, value_and_grad
+from .autodiff import OFFLOAD, Policy, value_and_grad
 from .capture import Captured
 from .data import Batch
 from .lora import Adapters
-from .models.decoder import Model
+from .models.decoder import Model, Schedule
 
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZER_STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": "8bit"}
@@ -133,7 +133,7 @@ def make_step(
     optimizer: optim.Optimizer,
     *,
     max_norm: float | None,
-    policy: Policy | None,
+    policy: Schedule | Policy | None,
     capture: bool = False,
 ) -> Step:
     """``step(adapters, state, microbatches) -> (adapters, state, metrics)``, without a host sync.
@@ -145,8 +145,9 @@ def make_step(
     """
     if capture and params.embed.device.type != "cuda":
         raise ValueError(f"make_step: capture, but the weights are on {params.embed.device}, expected cuda")
-    if capture and policy is not None and not set(policy.values()) <= {SAVE, RECOMPUTE}:
-        raise NotImplementedError(f"make_step: capture with policy {dict(policy)}, supported: {SAVE}, {RECOMPUTE}")
+    kept = Schedule.of(policy).policy or {}
+    if capture and OFFLOAD in kept.values():
+        raise NotImplementedError(f"make_step: capture with policy {dict(kept)}, but {OFFLOAD} cannot be captured yet")
     gradient = value_and_grad(
         lambda adapters, batch, count: model.loss(lora.adapt(params, adapters), batch, count=count, policy=policy),
         has_aux=True,
@@ -182,7 +183,7 @@ def finetune(
     params: Any,
     examples: data.Source,
     *,
-    policy: Policy | None = None,
+    policy: Schedule | Policy | None = None,
     resume: bool = True,
     progress: bool = True,
     **options: Any,
