@@ -106,7 +106,7 @@ def _finish(
 def _rows_kernel(
     x, w, u, v, out, other, dots, gates, order, tiles,
     rows, cols, inner, w_rows, bound,
-    x_m, x_k, w_e, w_k, w_n, v_e, v_k, v_n, out_m, other_m, other_n,
+    x_m, x_k, w_e, w_k, w_n, v_e, v_k, v_n, out_m, other_m, other_n, gates_n, gates_t,
     GATHER: tl.constexpr, SLOTS: tl.constexpr, X_TMA: tl.constexpr, W_TMA: tl.constexpr, W_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     RANK: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
@@ -177,7 +177,8 @@ def _rows_kernel(
         scale = None
         if gates is not None:
             pair = tl.load(order + p, mask=inside_p, other=0)
-            scale = tl.load(gates + pair, mask=inside_p, other=0.0)
+            gate = gates + (pair // SLOTS).to(tl.int64) * gates_n + pair % SLOTS * gates_t
+            scale = tl.load(gate, mask=inside_p, other=0.0)
         sums = tl.zeros((BLOCK_M,), tl.float32)
         sums = _finish(
             acc, out, sums, other, scale, wide_p, at_n, inside_p, cols, out_m, other_m, other_n,
@@ -225,7 +226,7 @@ def _weight_kernel(
 
 @triton.jit
 def _combine_kernel(
-    z, gates, positions, add, out, tokens, cols, z_m, add_m, add_n,
+    z, gates, positions, add, out, tokens, cols, z_m, add_m, add_n, gates_n, gates_t,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``out[n] = Σ_t gate_nt · z[position of (n, t)] + add[n]``, slot after slot."""
@@ -240,7 +241,7 @@ def _combine_kernel(
         p = tl.load(positions + wide_n * SLOTS + t, mask=is_token, other=0).to(tl.int64)
         y = tl.load(z + p[:, None] * z_m + c[None, :], mask=inside, other=0.0).to(tl.float32)
         if gates is not None:
-            y = y * tl.load(gates + wide_n * SLOTS + t, mask=is_token, other=0.0)[:, None]
+            y = y * tl.load(gates + wide_n * gates_n + t * gates_t, mask=is_token, other=0.0)[:, None]
         total += y
     if add is not None:
         total += tl.load(add + wide_n[:, None] * add_m + c[None, :] * add_n, mask=inside, other=0.0).to(tl.float32)
@@ -248,12 +249,15 @@ def _combine_kernel(
 
 
 @triton.jit
-def _scale_kernel(x, gates, order, out, cols, x_m, x_n, BLOCK: tl.constexpr):
+def _scale_kernel(
+    x, gates, order, out, cols, x_m, x_n, gates_n, gates_t, SLOTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """``out[p] = gate of p · x[p]``."""
     p = tl.program_id(0).to(tl.int64)
     c = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     y = tl.load(x + p * x_m + c * x_n, mask=c < cols, other=0.0).to(tl.float32)
-    gate = tl.load(gates + tl.load(order + p))
+    pair = tl.load(order + p)
+    gate = tl.load(gates + (pair // SLOTS).to(tl.int64) * gates_n + pair % SLOTS * gates_t)
     tl.store(out + p * cols + c, cast(y * gate, out.dtype.element_ty), mask=c < cols)
 
 
@@ -387,7 +391,7 @@ def rows_product(
         *(x, w, u, v, y, None if other is ABSENT else other, dots, None if gates is ABSENT else gates, order, tiles),
         *(rows, cols, inner, experts * (cols if w_layout else inner), bound),
         *(*x.stride(), *w.stride(), *((0, 0, 0) if v is None else v.stride())),
-        *(cols, *((0, 0) if other is ABSENT else other.stride())),
+        *(cols, *_strides(other), *_strides(gates)),
         GATHER=gather,
         SLOTS=slots,
         X_TMA=x_tma,
@@ -406,6 +410,10 @@ def rows_product(
         enable_fp_fusion=True,
     )
     return (y if out else ABSENT), (ABSENT if dots is None else dots)
+
+
+def _strides(t: Any) -> tuple[int, int]:
+    return (0, 0) if t is ABSENT else t.stride()
 
 
 def _matrix_layout(w: Tensor) -> bool | None:
@@ -468,7 +476,7 @@ def _combined(z_PM: Tensor, plan: Plan, gates: Any, add: Any) -> Tensor:
         _combine_kernel,
         (device.cdiv(N, ROWS) * device.cdiv(cols, BLOCK),),
         *(z_PM, None if gates is ABSENT else gates, plan[1], None if add is ABSENT else add, out),
-        *(N, cols, z_PM.stride(0), *((0, 0) if add is ABSENT else add.stride())),
+        *(N, cols, z_PM.stride(0), *_strides(add), *_strides(gates)),
         SLOTS=T,
         ROWS=ROWS,
         BLOCK=BLOCK,
@@ -486,7 +494,7 @@ def _scaled(x_PC: Tensor, plan: Plan, gates: Any) -> Tensor:
     BLOCK = min(1024, device.next_power_of_2(x_PC.shape[1]))
     device.launch(
         _scale_kernel, (x_PC.shape[0], device.cdiv(x_PC.shape[1], BLOCK)), x_PC, gates, plan[0], out, x_PC.shape[1],
-        *x_PC.stride(), BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
+        *x_PC.stride(), *gates.stride(), SLOTS=gates.shape[1], BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -700,8 +708,6 @@ def _check(x: Tensor, w: Weight, plan: Plan, gates: Any, add: Any) -> None:
         raise ValueError(f"grouped_linear: x has shape {tuple(x.shape)}, expected ({letters}, C) = ({tokens}, {c})")
     if gates is not ABSENT:
         _agree("gates", gates, (N, T), x, torch.float32)
-        if not gates.is_contiguous():
-            raise ValueError(f"grouped_linear: gates has strides {gates.stride()}, expected a contiguous tensor")
     if add is not ABSENT:
         if gates is ABSENT:
             raise ValueError("grouped_linear: add without gates, expected both (a combine) or neither (a gather)")
