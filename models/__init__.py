@@ -16,6 +16,7 @@ FAMILIES = {
     "llama": "llama",
     "ministral": "mistral",
     "mistral": "mistral",
+    "mixtral": "mistral",
     "phi3": "phi",
     "qwen2": "qwen",
     "qwen3": "qwen",

@@ -1,5 +1,6 @@
 """Reading ``config.json`` strictly: every field is handled, known to be harmless, or refused by name."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,21 @@ IGNORED = frozenset(
 # Read by Rotary.from_hf, in both spellings (facts of transformers 4 and 5).
 ROTARY = frozenset("rope_theta rope_scaling rope_parameters partial_rotary_factor rope_local_base_freq".split())
 _REQUIRED = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of ``count`` experts, ``top_k`` of them for a token, and what their balance adds to the loss."""
+
+    count: int
+    top_k: int
+    renormalise: bool  # whether the weights of a token's experts are made to sum to 1
+    balance_coefficient: float  # router_aux_loss_coef, or 0 where output_router_logits is off
+
+    @property
+    def routing(self) -> dict[str, Any]:
+        """Options of the op ``route``."""
+        return {"top_k": self.top_k, "renormalise": self.renormalise}
 
 
 class ConfigReader:
@@ -92,6 +108,19 @@ class ConfigReader:
         if window is None and names[0] in given:
             raise ValueError(f"{self._where}: field 'layer_types' has sliding layers, but there is no sliding_window")
         return tuple(window if name == names[0] else None for name in given)
+
+    def experts(self, name: str, count: int, *, top_k: int, renormalise: bool | None = None) -> Experts:
+        """``name`` is the field of how many there are; ``renormalise`` is read from the file unless given here."""
+        coefficient = self.take("router_aux_loss_coef", 0.001) and self.number("router_aux_loss_coef", 0.001)
+        found = Experts(
+            count=self.size(name, count),
+            top_k=self.size("num_experts_per_tok", top_k),
+            renormalise=self.flag("norm_topk_prob", False) if renormalise is None else renormalise,
+            balance_coefficient=float(coefficient) if self.flag("output_router_logits", False) else 0.0,
+        )
+        if found.top_k > found.count:
+            raise ValueError(f"{self._where}: {found.top_k} experts per token of {found.count} ({name!r})")
+        return found
 
     def finish(self) -> None:
         """Raises ValueError naming the fields that were neither read nor known to be harmless."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unsloth_core import backend, offload
+from unsloth_core import backend, offload, tree
 from unsloth_core.autodiff import SAVE, Policy, remat, tiled
 from unsloth_core.cache import Cache
 from unsloth_core.ops.attention import attention
@@ -96,15 +96,19 @@ class Model:
         makes gradients of microbatches add up to that batch's. ``key``: for random ops; no family has any yet.
         ``policy``: a :class:`Schedule`, or the policy of one: what each layer keeps for backward; None is
         ``default_policy`` with kernels, and plain autograd with the reference backend. A batch on another device is
-        copied to the weights'. aux: ``loss_sum`` and ``count``, 0-d fp32.
+        copied to the weights'. aux: ``loss_sum`` and ``count``, 0-d fp32; of mixtures of experts also ``balance``,
+        the load-balancing loss over the batch's real tokens, ``top_k`` where all experts work alike. The loss has
+        ``router_aux_loss_coef`` times it added where config.json has ``output_router_logits``, as in ``transformers``,
+        but weighed by ``batch.count / count``, so that microbatches add up to their mean.
         """
         if key is not None:
             raise ValueError(f"loss: key was given, but no op of family {self.family.__name__} is random")
         if batch.tokens_N.device != params.embed.device:
             batch = batch.to(params.embed.device)
-        x_ND = hidden(
+        experts = getattr(self.config, "experts", None)
+        x_ND, stats = hidden_and_stats(
             self.family, params, batch.tokens_N, batch.positions_N, batch.segments,
-            max_position=batch.max_position - 1, policy=policy,
+            max_position=batch.max_position - 1, policy=policy, valid_N=batch.valid_N if experts else ABSENT,
         )  # fmt: skip
         head_VD = params.embed if params.head is ABSENT else params.head
         total = linear_cross_entropy(
@@ -112,7 +116,12 @@ class Model:
             chunk_logits=Schedule.of(policy).chunk_logits, name="loss",
         )  # fmt: skip
         count = batch.count if count is None else count
-        return total / count, {"loss_sum": total, "count": count}
+        loss, aux = total / count, {"loss_sum": total, "count": count}
+        if stats is not ABSENT:
+            aux["balance"] = balance(*stats, top_k=experts.top_k)
+            if experts.balance_coefficient:
+                loss = loss + experts.balance_coefficient * aux["balance"] * (batch.count / count)
+        return loss, aux
 
 
 def hidden(
@@ -120,6 +129,19 @@ def hidden(
     max_position: int, policy: Schedule | Policy | None = None,
 ) -> Tensor:  # fmt: skip
     """The normed hidden state (N, D) of every token of a packed buffer; ``max_position``: host bound on positions."""
+    return hidden_and_stats(
+        family, params, tokens_N, positions_N, segments, max_position=max_position, policy=policy
+    )[0]  # fmt: skip
+
+
+def hidden_and_stats(
+    family: ModuleType, params: Any, tokens_N: Tensor, positions_N: Tensor, segments: Segments, *,
+    max_position: int, policy: Schedule | Policy | None = None, valid_N: Any = ABSENT,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """:func:`hidden` and what the layers' ``post`` counted, summed over layers (ABSENT: nothing).
+
+    ``valid_N``: the tokens that count, for families that count any; ABSENT: all.
+    """
     cfg = params.config
     schedule, host = Schedule.of(policy), offload.Host()
     kept = schedule.policy
@@ -127,11 +149,15 @@ def hidden(
         kept = dict.fromkeys(("attn",) if schedule.tile else family.SAVED, SAVE)
     rotations = tables(family, cfg, positions_N, max_position, dtype=torch.float32)
     x_ND = family.embed(params, tokens_N, cfg)
+    counted: tuple[Any, ...] = (valid_N,) if valid_N is not ABSENT else ()
+    total: Any = ABSENT
     for i, w in enumerate(params.layers):
         attend = family.spec(cfg, i)
         run = remat(layer(family, cfg, attend, schedule), kept, host=host, decode_once=schedule.decode_once)
-        x_ND, _ = run(w, x_ND, rotations[attend.rope], segments)
-    return family.final(params, x_ND, cfg)
+        x_ND, stats = run(w, x_ND, rotations[attend.rope], segments, *counted)
+        if stats is not ABSENT:  # of a mixture of experts some layers may be dense
+            total = stats if total is ABSENT else tree.map(torch.add, total, stats)
+    return family.final(params, x_ND, cfg), total
 
 
 def hidden_cached(
@@ -164,19 +190,31 @@ def layer(
     def pre(w: Any, x_ND: Tensor, rot: tuple[Tensor, Tensor]) -> Any:
         return family.pre(w, x_ND, rot, cfg)
 
-    def post(w: Any, x_ND: Tensor, o_NHK: Tensor) -> tuple[Tensor, Any]:
-        return family.post(w, x_ND, o_NHK, cfg)
+    def post(w: Any, x_ND: Tensor, o_NHK: Tensor, *counted: Tensor) -> tuple[Tensor, Any]:
+        return family.post(w, x_ND, o_NHK, cfg, *counted)
 
     if schedule.tile:
         pre = tiled(pre, schedule.tile, name="pre", decode_once=schedule.decode_once)
         post = tiled(post, schedule.tile, name="post", sums=(False, True), decode_once=schedule.decode_once)
 
-    def run(w: Any, x_ND: Tensor, rot: tuple[Tensor, Tensor], segments: Segments) -> tuple[Tensor, Any]:
+    def run(
+        w: Any, x_ND: Tensor, rot: tuple[Tensor, Tensor], segments: Segments, *counted: Tensor
+    ) -> tuple[Tensor, Any]:
         q_NHK, k_NGK, v_NGK = pre(w, x_ND, rot)
         o_NHK = attention(q_NHK, k_NGK, v_NGK, segments, segments, name="attn", **attend.statics)
-        return post(w, x_ND, o_NHK)
+        return post(w, x_ND, o_NHK, *counted)
 
     return run
+
+
+def balance(prob_sums_E: Tensor, counts_E: Tensor, *, top_k: int) -> Tensor:
+    """The load-balancing loss of Switch Transformer (arXiv 2101.03961) over all rows that went through a router.
+
+    ``E · Σ_e f_e · P_e``: the share of rows that chose expert e (they sum to ``top_k``) times its mean probability.
+    Differentiable in the probabilities. Not divided by ``top_k``, as in ``transformers``: even work gives ``top_k``.
+    """
+    rows = counts_E.sum() / top_k
+    return len(counts_E) * (counts_E / rows * (prob_sums_E / rows)).sum()
 
 
 def tables(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ TWO_BASES = {
 }
 GEMMA3 = {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 3}
 
+MIXTRAL = {"num_local_experts": 4, "intermediate_size": 24}
+
 # name -> (model_type, what differs from BASE)
 VERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-2": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
@@ -68,6 +71,11 @@ VERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral": (
         "ministral",
         {"sliding_window": 3, "head_dim": 12, "layer_types": MIXED},
+    ),
+    "mixtral-8x7b": ("mixtral", {**MIXTRAL, "rms_norm_eps": 1e-5}),
+    "mixtral-balanced": (
+        "mixtral", {**MIXTRAL, "num_local_experts": 5, "num_experts_per_tok": 3, "output_router_logits": True,
+                    "router_aux_loss_coef": 0.5, "sliding_window": 5},
     ),
     "qwen1.5": ("qwen2", {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2.5": ("qwen2", {"tie_word_embeddings": True, "sliding_window": 4, "max_window_layers": 1}),
@@ -129,6 +137,8 @@ def judge(model_type: str, seed: int = 0, **overrides: Any) -> transformers.PreT
     config = transformers.AutoConfig.for_model(model_type, **{**BASE, **overrides})
     torch.manual_seed(seed)
     hf = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    if model_type in EXPERT_NAMES:  # the others multiply by all experts at once, and not in float64
+        hf.set_experts_implementation("eager")
     with torch.no_grad():
         for name, p in hf.named_parameters():
             if p.ndim == 1:
@@ -136,12 +146,35 @@ def judge(model_type: str, seed: int = 0, **overrides: Any) -> transformers.PreT
     return hf.to(DEVICE).eval()
 
 
+# Of transformers 5, which holds all experts as one tensor: (its block, gate, up, down) in files.
+EXPERT_NAMES = {
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def on_disk(hf: transformers.PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors, or their gradients, by the names of files."""
+    if hf.config.model_type not in EXPERT_NAMES:
+        return dict(tensors)
+    block, gate, up, down = EXPERT_NAMES[hf.config.model_type]
+    found = {}
+    for name, t in tensors.items():
+        layer, of_experts, what = name.partition("mlp.experts.")
+        if not of_experts:
+            found[name.replace("mlp.gate.", f"{block}.gate.")] = t
+        for e, expert in enumerate(t) if of_experts else ():
+            parts = zip((gate, up), expert.chunk(2), strict=True) if what == "gate_up_proj" else [(down, expert)]
+            found |= {f"{layer}{block}.experts.{e}.{part}.weight": p for part, p in parts}
+    return found
+
+
 def checkpoint_of(hf: transformers.PreTrainedModel) -> Checkpoint:
     """Its config.json and tensors, as ``save_pretrained`` would write them."""
     config = json.loads(hf.config.to_json_string(use_diff=True))
     tied = hf.config.tie_word_embeddings
     tensors = {k: v.detach() for k, v in hf.state_dict().items() if not (tied and k == "lm_head.weight")}
-    return Checkpoint(config, tensors)
+    return Checkpoint(config, on_disk(hf, tensors))
 
 
 def ours(hf: transformers.PreTrainedModel, quantize: str | None = None) -> tuple[Model, Any]:

@@ -77,6 +77,7 @@ class Batch:
     ``tokens_N``, ``positions_N``: int64. ``segments``: the examples, then one filler segment without targets up to
     N, then empty ones. ``target_rows_M``: rows whose hidden state predicts a target, ascending, padding N;
     ``targets_M``: the token ids they predict, padding -100. ``count``: number of real targets, fp32 scalar.
+    ``valid_N``: bool, false in the filler.
     ``max_position``: host bound, every position is smaller. N and the number of segments are constant for a run,
     M is a multiple of N/8, the bounds are powers of two: so shapes hardly ever change.
     """
@@ -87,6 +88,7 @@ class Batch:
     target_rows_M: Tensor
     targets_M: Tensor
     count: Tensor
+    valid_N: Tensor
     max_position: int = static()
 
     @property
@@ -161,6 +163,7 @@ class Batch:
             target_rows_M=torch.from_numpy(rows_M),
             targets_M=torch.from_numpy(targets_M),
             count=torch.tensor(float(len(rows))),
+            valid_N=torch.arange(N) < sum(lengths),
             max_position=longest,
         )
 

@@ -13,7 +13,7 @@ from .models.container import text_part
 from .models.decoder import Model
 from .ops import nf4
 from .tree import ABSENT
-from .weights import Declaration, Stacked
+from .weights import NF4, Declaration, Stacked, declared_leaves
 
 QUANTIZATIONS = (None, "nf4")
 
@@ -32,7 +32,7 @@ def load(
     ``source``: a Hub id, a local folder of safetensors, or a ``.gguf`` file; of a multimodal model the text part.
     ``device``, ``dtype``: default cuda and bfloat16 where there is a GPU, else cpu and float32. ``quantize="nf4"``
     stores the linears of all layers in 4 bits (double quantised, part by part, so that each is what bitsandbytes would
-    make of it); embedding, head and norms stay ``dtype``.
+    make of it, but all experts of a layer as one); embedding, head, norms and routers stay ``dtype``.
     Raises ValueError for a config field that no one handles, for tensors that are missing, left over or misshapen, and
     for a device that is not there;
     NotImplementedError for weights that are stored quantised (bitsandbytes, GPTQ, FP8, ...), other than in GGUF.
@@ -68,44 +68,39 @@ def read_weights(
     declared = declared_leaves(cls, config)
     _check_names(checkpoint, declared)
     names = set(checkpoint.names)
-    total = sum(len(d.names) for d in declared if d.names[0] in names)
+    total = sum(len(d.names) for d in declared if not names.isdisjoint(d.names))
 
     with tqdm(total=total, desc="loading", unit="tensor", leave=False, delay=1, disable=None) as progress:
 
         def make(declaration: Declaration) -> Any:
-            if declaration.names[0] not in names or _is_tied_head(declaration, config.tie_word_embeddings):
+            if names.isdisjoint(declaration.names) or _is_tied_head(declaration, config.tie_word_embeddings):
                 return ABSENT
-            in_layers = len(declaration.path) > 1
-            if quantize == "nf4" and in_layers and declaration.rest:
+            quantised = quantize == "nf4" and declaration.linear
+            if quantised and not declaration.experts:
                 parts = []
                 for name in declaration.names:
                     parts.append(nf4.quantize(checkpoint.tensor(name).to(device=device, dtype=dtype)))
                     progress.update()
                 return parts[0] if len(parts) == 1 else Stacked(parts=tuple(parts))
             stacked = torch.empty(declaration.shape, dtype=dtype, device=device)
-            for name, part in zip(declaration.names, stacked.split(declaration.rows), strict=True):
+            for name, part in zip(declaration.names, weights.split_parts(stacked, declaration.rows), strict=True):
                 part.copy_(checkpoint.tensor(name))
                 progress.update()
+            if quantised:  # one node, not one for each expert: a layer has hundreds, and every node costs launches
+                return dataclasses.replace(nf4.quantize(stacked.flatten(0, 1)), shape=declaration.shape)
             return stacked
 
         return weights.build(cls, config.dims, make, config=config)
 
 
-def declared_leaves(cls: type, config: Any) -> list[Declaration]:
-    """What a checkpoint of this config holds; ``config.has`` names the optional leaves of a layer (None: see there)."""
-    declared = weights.declarations(cls, config.dims)
-    if config.has is None:
-        return declared
-    in_layers = [d for d in declared if len(d.path) > 1 and (not d.optional or d.path[-1] in config.has)]
-    return [d for d in declared if len(d.path) == 1] + [dataclasses.replace(d, optional=False) for d in in_layers]
-
-
 def named_tensors(params: Any) -> dict[str, Tensor]:
-    """The inverse of reading: checkpoint names to tensors (views of the stacked leaves; NF4 parts are decoded)."""
+    """The inverse of reading: checkpoint names to tensors (views of the stacked leaves; NF4 is decoded)."""
     tensors = {}
     for declaration in weights.declarations(type(params), params.config.dims):
         node = weights.get(params, declaration.path)
         if node is not ABSENT:
+            if declaration.experts and isinstance(node, NF4):
+                node = nf4.dequantize(node)
             parts = weights.split_parts(node, declaration.rows)
             for name, part in zip(declaration.names, parts, strict=True):
                 tensors[name] = part if isinstance(part, Tensor) else nf4.dequantize(part)

@@ -1,9 +1,10 @@
 """LoRA adapters as a tree of their own: made, put on, merged, and read and written in PEFT's file format.
 
 The adapters of a model are a dict from PEFT module path ("model.layers.0.self_attn.q_proj") to
-:class:`~unsloth_core.weights.LoRA`. Everything else follows from the weight declarations: which modules exist, their
-shapes, and which rows of a stacked leaf each one owns. Source: Hu et al. 2021 (arXiv 2106.09685); rsLoRA: Kalajdzievski
-2023 (2312.03732).
+:class:`~unsloth_core.weights.LoRA`. Those of all experts of a layer are one entry, whose tensors have the expert first;
+its path has ``{e}`` in the place of their number ("...experts.{e}.w1"). In files every expert has its own. Everything
+else follows from the weight declarations: which modules exist, their shapes, and which rows of a stacked leaf each one
+owns. Source: Hu et al. 2021 (arXiv 2106.09685); rsLoRA: Kalajdzievski 2023 (2312.03732).
 """
 
 import json
@@ -23,13 +24,14 @@ from torch import Tensor
 from . import random, tree, weights
 from .ops import nf4
 from .tree import ABSENT
-from .weights import Adapted, Declaration, LoRA
+from .weights import NF4, Adapted, Declaration, LoRA
 
 if TYPE_CHECKING:
     from .models.decoder import Model
 
 Adapters = dict[str, LoRA]
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+Place = tuple[Declaration, int]  # the leaf that a module is stored in, and which of its parts it is
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "dense")
 _PREFIX = "base_model.model."
 # Of adapter_config.json: what is read, what the tensors show anyway or only training asks for, and the ways to start
 # adapters that leave the base weights alone. Any other field must be off.
@@ -39,7 +41,7 @@ _HARMLESS = frozenset(
     """
     auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode
     layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_config megatron_core
-    peft_version qalora_group_size revision target_modules task_type
+    peft_version qalora_group_size revision target_modules target_parameters task_type
     """.split()
 )
 _KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
@@ -69,20 +71,21 @@ def init(
             raise ValueError(f"lora.init: rank names {unknown}, but the model's linears are {last_names}")
         chosen = [name for name in chosen if name in rank]
     adapters = {}
-    for i, (path, (declaration, part)) in enumerate(modules.items()):
+    for i, (path, (declaration, _)) in enumerate(modules.items()):
         name = path.rpartition(".")[2]
         if name not in chosen:
             continue
         r = rank[name] if isinstance(rank, Mapping) else rank
         if not isinstance(r, int) or r < 1:
             raise ValueError(f"lora.init: rank of {name} is {r!r}, expected a positive integer")
-        rows, width = declaration.rows[part], declaration.rest[0]
+        rows, width = declaration.modules[path], declaration.rest[0]
+        experts = (declaration.experts,) if declaration.experts else ()
         device = _device(weights.get(params, declaration.path))
         generator = random.generator(random.fold_in(key.cpu(), i))
-        a = (torch.rand(r, width, generator=generator) * 2 - 1) / math.sqrt(width)
+        a = (torch.rand(*experts, r, width, generator=generator) * 2 - 1) / math.sqrt(width)
         strength = r if alpha is None else alpha
         scale = strength / math.sqrt(r) if rslora else strength / r
-        adapters[path] = LoRA(a=a.to(device), b=torch.zeros(rows, r, device=device), scale=float(scale))
+        adapters[path] = LoRA(a=a.to(device), b=torch.zeros(*experts, rows, r, device=device), scale=float(scale))
     if not adapters:
         raise ValueError(f"lora.init: targets {targets!r} choose none of the model's linears {last_names}")
     return adapters
@@ -102,13 +105,16 @@ def adapt(params: Any, adapters: Adapters) -> Any:
     rows: dict[weights.Path, tuple[int, ...]] = {}
     for path, lora in adapters.items():
         declaration, part = modules[path]
-        r, wanted = lora.a.shape[0], (declaration.rows[part], declaration.rest[0])
-        if lora.a.shape != (r, wanted[1]) or lora.b.shape != (wanted[0], r):
+        experts = (declaration.experts,) if declaration.experts else ()
+        M, C = declaration.modules[path], declaration.rest[0]
+        r = lora.a.shape[-2] if lora.a.ndim > 1 else 0
+        if lora.a.shape != (*experts, r, C) or lora.b.shape != (*experts, M, r):
             found = f"a {tuple(lora.a.shape)} and b {tuple(lora.b.shape)}"
-            expected = f"(r, {wanted[1]}) and ({wanted[0]}, r)"
-            raise ValueError(f"lora.adapt: {path} is {wanted}, but its adapter has {found}, expected {expected}")
-        by_leaf.setdefault(declaration.path, [ABSENT] * len(declaration.names))[part] = lora
-        rows[declaration.path] = declaration.rows
+            each = f"{experts[0]}, " if experts else ""
+            expected = f"({each}r, {C}) and ({each}{M}, r)"
+            raise ValueError(f"lora.adapt: {path} is {(M, C)}, but its adapter has {found}, expected {expected}")
+        by_leaf.setdefault(declaration.path, [ABSENT] * len(declaration.modules))[part] = lora
+        rows[declaration.path] = tuple(declaration.modules.values())
     values = {}
     for leaf, parts in by_leaf.items():
         base = weights.get(params, leaf)
@@ -129,13 +135,18 @@ def merge(params: Any, adapters: Adapters) -> Any:
         node = weights.get(adapted, declaration.path)
         if not isinstance(node, Adapted):
             continue
+        if declaration.experts:
+            base = nf4.dequantize(node.base) if isinstance(node.base, NF4) else node.base
+            parts, along = base.split(node.rows, dim=1), 1  # type: ignore[union-attr]
+        else:
+            parts, along = weights.split_parts(node.base, node.rows), 0
         merged = []
-        for base, lora in zip(weights.split_parts(node.base, node.rows), node.parts, strict=True):
+        for base, lora in zip(parts, node.parts, strict=True):
             dense = base if isinstance(base, Tensor) else nf4.dequantize(base)
             if lora is not ABSENT:
                 dense = (dense.float() + lora.scale * (lora.b.float() @ lora.a.float())).to(dense.dtype)
             merged.append(dense)
-        values[declaration.path] = merged[0] if len(merged) == 1 else torch.cat(merged)
+        values[declaration.path] = merged[0] if len(merged) == 1 else torch.cat(merged, along)
     return weights.replace(params, values)
 
 
@@ -149,8 +160,9 @@ def save(adapters: Adapters, folder: str | os.PathLike[str], model: "Model") -> 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for path, lora in adapters.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = lora.a.detach().cpu().contiguous()
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = lora.b.detach().cpu().contiguous()
+        for kind, t in (("A", lora.a.detach().cpu()), ("B", lora.b.detach().cpu())):
+            for name, one in zip(_each(path, len(t) if t.ndim == 3 else 0), t if t.ndim == 3 else [t], strict=True):
+                tensors[f"{_PREFIX}{name}.lora_{kind}.weight"] = one.contiguous()
     config = _peft_config(adapters, model)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         try:
@@ -179,43 +191,104 @@ def load(folder: str | os.PathLike[str], params: Any) -> Adapters:
         raise ValueError(f"lora.load: {config_file} is not JSON: {error}") from None
     _check_supported(config, config_file)
     modules = _modules(params)
-    found: dict[str, dict[str, Tensor]] = {}
-    try:
-        with safe_open(tensor_file, framework="pt") as tensors:
-            for key in tensors.keys():
-                match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-                if match is None or match[1] not in modules:
-                    raise ValueError(
-                        f"lora.load: {tensor_file} has {key!r}, which is no linear of this model: another model's?"
-                    )
-                found.setdefault(match[1], {})[match[2]] = tensors.get_tensor(key)
-    except SafetensorError as error:
-        raise ValueError(f"lora.load: {tensor_file} is damaged: {error}") from None
+    single: dict[str, LoRA] = {}
+    for name, pair in _read_pairs(tensor_file).items():
+        if pair.keys() != {"A", "B"}:
+            raise ValueError(f"lora.load: {tensor_file} has only lora_{next(iter(pair))} of {name}, expected A and B")
+        if (fused := _FUSED.fullmatch(name)) and any("{e}" in path for path in modules):
+            single |= _of_fused(fused[1], pair["A"], pair["B"], modules, config, tensor_file)
+        else:
+            single[name] = _of_one(name, pair, config, tensor_file)
     adapters = {}
-    for path in (p for p in modules if p in found):
-        if found[path].keys() != {"A", "B"}:
-            only = next(iter(found[path]))
-            raise ValueError(f"lora.load: {tensor_file} has only lora_{only} of {path}, expected A and B")
-        device = _device(weights.get(params, modules[path][0].path))
-        rank, alpha = _of_module(config, path)
-        for name, tensor in found[path].items():
-            if not tensor.is_floating_point() or tensor.ndim != 2 or tensor.shape[0 if name == "A" else 1] != rank:
-                got = f"{tensor.dtype} {tuple(tensor.shape)}, expected floating point of rank {rank}"
-                raise ValueError(f"lora.load: {tensor_file} has lora_{name} of {path} as {got}")
-        a, b = (found[path][k].to(device=device, dtype=torch.float32) for k in "AB")
-        scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-        adapters[path] = LoRA(a=a, b=b, scale=float(scale))
+    for path, (declaration, _) in modules.items():
+        names = _each(path, declaration.experts)
+        if not (found := [single.pop(name) for name in names if name in single]):
+            continue
+        if len(found) < len(names) or len({(lora.a.shape, lora.b.shape, lora.scale) for lora in found}) > 1:
+            raise ValueError(f"lora.load: {tensor_file} has no adapters of one rank and scale on all experts of {path}")
+        a, b = (torch.stack([getattr(lora, k) for lora in found]) if declaration.experts else getattr(found[0], k)
+                for k in "ab")  # fmt: skip
+        where = _device(weights.get(params, declaration.path))
+        a, b = (t.to(device=where, dtype=torch.float32) for t in (a, b))
+        adapters[path] = LoRA(a=a, b=b, scale=found[0].scale)
+    if single:
+        raise ValueError(
+            f"lora.load: {tensor_file} has {next(iter(single))!r}, which is no linear of this model: another model's?"
+        )
     adapt(params, adapters)  # shapes
     return adapters
 
 
-def _modules(params: Any) -> dict[str, tuple[Declaration, int]]:
+def _read_pairs(file: Path) -> dict[str, dict[str, Tensor]]:
+    """A and B of every module that the file names."""
+    found: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():
+                match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+                if match is None:
+                    raise ValueError(
+                        f"lora.load: {file} has {key!r}, which is no linear of this model: another model's?"
+                    )
+                found.setdefault(match[1], {})[match[2]] = tensors.get_tensor(key)
+    except SafetensorError as error:
+        raise ValueError(f"lora.load: {file} is damaged: {error}") from None
+    return found
+
+
+def _of_one(name: str, pair: dict[str, Tensor], config: dict[str, Any], file: Path) -> LoRA:
+    """The adapter of one module."""
+    rank, alpha = _of_module(config, name)
+    for kind, tensor in pair.items():
+        if not tensor.is_floating_point() or tensor.ndim != 2 or tensor.shape[0 if kind == "A" else 1] != rank:
+            got = f"{tensor.dtype} {tuple(tensor.shape)}, expected floating point of rank {rank}"
+            raise ValueError(f"lora.load: {file} has lora_{kind} of {name} as {got}")
+    return LoRA(a=pair["A"], b=pair["B"], scale=_scale(config, rank, alpha))
+
+
+# transformers 5 holds all experts of a layer as two parameters, and PEFT wraps the adapter of one around the other's.
+_FUSED = re.compile(r"(.+)\.mlp\.experts(?:\.base_layer)?")
+
+
+def _of_fused(
+    layer: str, A: Tensor, B: Tensor, modules: Mapping[str, Place], config: dict[str, Any], file: Path
+) -> dict[str, LoRA]:
+    """PEFT's adapter of all experts, taken apart: A is (E·r, C), expert after expert, B (rows, r·E), rank after rank.
+
+    Which of the layer's two weights it is on, the shapes say. Gate and up both get A, and their rows of B.
+    """
+    leaves = {id(d): d for path, (d, _) in modules.items() if d.experts and path.startswith(f"{layer}.")}
+    for d in leaves.values():
+        rows, width, rank = tuple(d.modules.values()), d.rest[0], A.shape[0] // d.experts
+        if A.shape != (rank * d.experts, width) or B.shape != (sum(rows), rank * d.experts) or rank == 0:
+            continue
+        _, alpha = _of_module(config, f"{layer}.mlp.experts.{'gate_up_proj' if len(rows) == 2 else 'down_proj'}")
+        a, b = A.view(d.experts, rank, width), B.view(-1, rank, d.experts)
+        return {
+            path.replace("{e}", str(e)): LoRA(a=a[e], b=part[..., e], scale=_scale(config, rank, alpha))
+            for path, part in zip(d.modules, b.split(rows), strict=True)
+            for e in range(d.experts)
+        }
+    got = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
+    raise ValueError(f"lora.load: {file} has for the experts of {layer} {got}, which fit none of this model")
+
+
+def _scale(config: dict[str, Any], rank: int, alpha: float) -> float:
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+
+def _each(path: str, experts: int) -> list[str]:
+    """A module's path, or those of its experts."""
+    return [path.replace("{e}", str(e)) for e in range(experts)] if experts else [path]
+
+
+def _modules(params: Any) -> dict[str, Place]:
     """Every linear of the layers by module path, with the leaf it is stored in and which part of it."""
     return {
-        name.removesuffix(".weight"): (declaration, part)
+        module: (declaration, part)
         for declaration in weights.declarations(type(params), params.config.dims)
-        if len(declaration.path) > 1 and declaration.rest and weights.get(params, declaration.path) is not ABSENT
-        for part, name in enumerate(declaration.names)
+        if declaration.linear and weights.get(params, declaration.path) is not ABSENT
+        for part, module in enumerate(declaration.modules)
     }
 
 
@@ -238,17 +311,20 @@ def _device(node: Any) -> torch.device:
 
 def _target_modules(adapters: Adapters, model: "Model") -> list[str]:
     """Last names where every module of that name is adapted, full paths where only some are."""
-    declared = weights.declarations(model.family.Weights, model.config.dims)
-    modules = [name.removesuffix(".weight") for d in declared if len(d.path) > 1 and d.rest for name in d.names]
+    declared = weights.declared_leaves(model.family.Weights, model.config)
+    modules = {name: d.experts for d in declared if d.linear for name in d.modules}
     if foreign := sorted(set(adapters) - set(modules)):
         raise ValueError(f"lora.save: the model has no linear {foreign[0]!r}: another model's adapters?")
+    names = set()
     partial = {path.rpartition(".")[2] for path in modules if path not in adapters}
-    names = {path if path.rpartition(".")[2] in partial else path.rpartition(".")[2] for path in adapters}
+    for path in adapters:
+        last = path.rpartition(".")[2]
+        names |= set(_each(path, modules[path])) if last in partial else {last}
     return sorted(names)
 
 
 def _peft_config(adapters: Adapters, model: "Model") -> dict[str, Any]:
-    ranks = {path: lora.a.shape[0] for path, lora in adapters.items()}
+    ranks = {path: lora.a.shape[-2] for path, lora in adapters.items()}
     alphas = {path: lora.scale * ranks[path] for path, lora in adapters.items()}
     alphas = {path: int(alpha) if alpha.is_integer() else alpha for path, alpha in alphas.items()}
     r = max(ranks.values(), key=list(ranks.values()).count)
@@ -266,12 +342,17 @@ def _peft_config(adapters: Adapters, model: "Model") -> dict[str, Any]:
         "use_rslora": False,  # the scale is written out as alpha/r, which is what it is
         "use_dora": False,
         "target_modules": _target_modules(adapters, model),
-        "rank_pattern": {re.escape(path): n for path, n in ranks.items() if n != r},
-        "alpha_pattern": {re.escape(path): n for path, n in alphas.items() if n != alpha},
+        "rank_pattern": {_pattern_of(path): n for path, n in ranks.items() if n != r},
+        "alpha_pattern": {_pattern_of(path): n for path, n in alphas.items() if n != alpha},
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,
     }
+
+
+def _pattern_of(path: str) -> str:
+    """A regular expression for the module, or for those of every expert."""
+    return re.escape(path).replace(re.escape("{e}"), r"\d+")
 
 
 def _check_supported(config: Any, where: Path) -> None:

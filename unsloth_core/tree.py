@@ -89,13 +89,14 @@ def static(default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
 
 
-def leaf(dims: str, hf: str, *, optional: bool = False) -> Any:
+def leaf(dims: str, hf: str, *, optional: bool = False, plain: bool = False) -> Any:
     """A weight, declared once: its dimensions and its name(s) in a checkpoint.
 
-    ``leaf("Q+2R D", "self_attn.{q,k,v}_proj.weight")`` is three parts of Q, R and R rows stored stacked. An
-    optional leaf may be missing from a checkpoint (a bias, a tied head) and is ABSENT then. Read by
-    :mod:`unsloth_core.weights`."""
-    metadata = {"leaf": (dims, hf, optional)}
+    ``leaf("Q+2R D", "self_attn.{q,k,v}_proj.weight")`` is three parts of Q, R and R rows stored stacked;
+    ``leaf("E 2F D", "mlp.experts.{e}.{gate,up}_proj.weight")`` two for every expert, {e}, stored as one (E, 2F, D).
+    An optional leaf may be missing from a checkpoint (a bias, a tied head) and is ABSENT then. A plain one is never
+    quantised nor adapted, though it is a matrix (a router). Read by :mod:`unsloth_core.weights`."""
+    metadata = {"leaf": (dims, hf, optional, plain)}
     if optional:
         return dataclasses.field(default=ABSENT, metadata=metadata)
     return dataclasses.field(metadata=metadata)
@@ -280,8 +281,8 @@ def describe(tree: Tree) -> str:
     return repr(tree)
 
 
-def fields_with_leaves(cls: type) -> Iterator[tuple[str, tuple[str, str, bool]]]:
-    """``(field name, (dims, hf, optional))`` of every field declared with :func:`leaf`."""
+def fields_with_leaves(cls: type) -> Iterator[tuple[str, tuple[str, str, bool, bool]]]:
+    """``(field name, (dims, hf, optional, plain))`` of every field declared with :func:`leaf`."""
     for field in dataclasses.fields(cls):
         if "leaf" in field.metadata:
             yield field.name, field.metadata["leaf"]

@@ -30,7 +30,8 @@ class Nested:
 
 @pytree
 class NF4:
-    """A (M, C) matrix in 4 bits, laid out as bitsandbytes does (QLoRA, arXiv 2305.14314).
+    """A (M, C) matrix, or one of every expert (E, M, C), in 4 bits, laid out as bitsandbytes does (QLoRA, arXiv
+    2305.14314).
 
     ``codes``: uint8 (M·C/2,), even element in the high nibble. ``absmax``: one per ``block`` elements of the flat
     matrix, fp32, or uint8 when ``nested``. ``dtype`` is what it decodes to.
@@ -39,7 +40,7 @@ class NF4:
     codes: Tensor
     absmax: Tensor
     nested: Nested | Any = ABSENT
-    shape: tuple[int, int] = static()
+    shape: tuple[int, ...] = static()
     dtype: torch.dtype = static()
     block: int = static(64)
 
@@ -53,7 +54,10 @@ class Stacked:
 
 @pytree
 class LoRA:
-    """A low-rank update ``scale · b @ a`` (arXiv 2106.09685); ``a`` (rank, C) and ``b`` (M, rank) are fp32 leaves."""
+    """A low-rank update ``scale · b @ a`` (arXiv 2106.09685); ``a`` (rank, C) and ``b`` (M, rank) are fp32 leaves.
+
+    Of experts: ``a`` (E, rank, C) and ``b`` (E, M, rank), one update for each.
+    """
 
     a: Tensor
     b: Tensor
@@ -91,7 +95,8 @@ def blocks(cls: type, hf: str, count: str = "L") -> Any:
 class Declaration:
     """One leaf of a model: where it sits in the tree, the checkpoint names of its parts, and their rows.
 
-    The stacked leaf has shape ``(sum(rows), *rest)``; part i is ``names[i]`` with shape ``(rows[i], *rest)``.
+    The stacked leaf has shape ``(sum(rows), *rest)``; part i is ``names[i]`` with shape ``(rows[i], *rest)``. A leaf of
+    experts has the parts of one expert after those of the other, and shape ``(experts, rows of one, *rest)``.
     """
 
     path: Path
@@ -99,11 +104,27 @@ class Declaration:
     rows: tuple[int, ...]
     rest: tuple[int, ...]
     optional: bool
+    plain: bool = False
+    experts: int = 0  # 0: a leaf without {e}
+    per_expert: tuple[str, ...] = ()  # names of one expert's parts, its number still {e}
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the stacked leaf."""
+        if self.experts:
+            return (self.experts, sum(self.rows) // self.experts, *self.rest)
         return (sum(self.rows), *self.rest)
+
+    @property
+    def linear(self) -> bool:
+        """Whether a layer multiplies by it, so that it may be quantised and adapted."""
+        return len(self.path) > 1 and bool(self.rest) and not self.plain
+
+    @property
+    def modules(self) -> dict[str, int]:
+        """What an adapter may sit on: module path (of experts one for all, with {e}) and rows."""
+        names = self.per_expert or self.names
+        return {name.removesuffix(".weight"): rows for name, rows in zip(names, self.rows[: len(names)], strict=True)}
 
 
 def declarations(cls: type, dims: Mapping[str, int]) -> list[Declaration]:
@@ -115,21 +136,23 @@ def declarations(cls: type, dims: Mapping[str, int]) -> list[Declaration]:
             for i in range(dims[count]):
                 prefix = hf.replace("{i}", str(i))
                 for inner in declarations(block, dims):
-                    names = tuple(prefix + name for name in inner.names)
-                    found.append(dataclasses.replace(inner, path=(field.name, i, *inner.path), names=names))
-    for name, (letters, hf, optional) in fields_with_leaves(cls):
-        names = _names(hf)
-        first, *rest = letters.split()
-        found.append(
-            Declaration(
-                path=(name,),
-                names=names,
-                rows=_rows(first, dims, len(names)),
-                rest=tuple(_size(term, dims) for term in rest),
-                optional=optional,
-            )
-        )
+                    names, per_expert = (tuple(prefix + n for n in some) for some in (inner.names, inner.per_expert))
+                    path = (field.name, i, *inner.path)
+                    found.append(dataclasses.replace(inner, path=path, names=names, per_expert=per_expert))
+    for name, (letters, hf, optional, plain) in fields_with_leaves(cls):
+        found.append(_declaration(name, letters.split(), _names(hf), dims, optional, plain))
     return found
+
+
+def declared_leaves(cls: type, config: Any) -> list[Declaration]:
+    """What a checkpoint of this config holds; ``config.has`` names the optional leaves of a layer (None: see there),
+    or, where layers differ, those of each."""
+    declared = declarations(cls, config.dims)
+    if config.has is None:
+        return declared
+    has = config.has if isinstance(config.has, tuple) else (config.has,) * config.num_hidden_layers
+    in_layers = [d for d in declared if len(d.path) > 1 and (not d.optional or d.path[-1] in has[int(d.path[1])])]
+    return [d for d in declared if len(d.path) == 1] + [dataclasses.replace(d, optional=False) for d in in_layers]
 
 
 def build(cls: type, dims: Mapping[str, int], make: Callable[[Declaration], Any], **statics: Any) -> Any:
@@ -159,12 +182,19 @@ def replace(tree: Tree, values: Mapping[Path, Any]) -> Tree:
 
 
 def split_parts(w: Weight, rows: tuple[int, ...]) -> list[Any]:
-    """The parts of a weight as views (dense) or nodes; an adapted weight gives its base's parts."""
+    """The parts of a weight as views (dense) or nodes; an adapted weight gives its base's parts.
+
+    ``rows`` are a declaration's. NF4 experts are one node, which has to be decoded to be split.
+    """
     if isinstance(w, Adapted):
         return split_parts(w.base, rows)
     if isinstance(w, Stacked):
         return list(w.parts)
-    return [w] if len(rows) == 1 else list(w.split(rows))  # type: ignore[union-attr]
+    if isinstance(w, Tensor):
+        return list((w.flatten(0, 1) if w.ndim == 3 else w).split(rows))
+    if len(rows) > 1:
+        raise ValueError(f"split_parts: an NF4 of shape {w.shape} is one node, expected one of {len(rows)} parts")
+    return [w]
 
 
 def _build(cls: type, dims: Mapping[str, int], values: Mapping[Path, Any], statics: Mapping[str, Any]) -> Any:
@@ -179,9 +209,26 @@ def _build(cls: type, dims: Mapping[str, int], values: Mapping[Path, Any], stati
     return cls(**fields)
 
 
+def _declaration(
+    name: str, letters: list[str], names: tuple[str, ...], dims: Mapping[str, int], optional: bool, plain: bool
+) -> Declaration:
+    """One field. With {e} in its names the first letter counts experts, and every other thing is one expert's."""
+    experts = 0
+    if of_experts := "{e}" in names[0]:
+        experts = _size(letters[0], dims)
+        letters = letters[1:]
+    rows = _rows(letters[0], dims, len(names))
+    rest = tuple(_size(term, dims) for term in letters[1:])
+    per_expert = names if of_experts else ()
+    if of_experts:
+        names = tuple(name.replace("{e}", str(e)) for e in range(experts) for name in per_expert)
+        rows *= experts
+    return Declaration((name,), names, rows, rest, optional, plain, experts, per_expert)
+
+
 def _names(hf: str) -> tuple[str, ...]:
-    """``a.{q,k}_proj`` is ``a.q_proj`` and ``a.k_proj``."""
-    match = re.search(r"\{([a-z0-9_,]+)\}", hf)
+    """``a.{q,k}_proj`` is ``a.q_proj`` and ``a.k_proj``; {e}, an expert's number, stays."""
+    match = re.search(r"\{((?!e\})[a-z0-9_,]+)\}", hf)
     if match is None:
         return (hf,)
     return tuple(hf[: match.start()] + part + hf[match.end() :] for part in match[1].split(","))

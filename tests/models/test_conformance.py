@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oprule import DEVICE, assert_op_rule
 from safetensors.torch import save_file
-from tiny import VERSIONS, checkpoint_of, judge, longrope, ours
+from tiny import VERSIONS, checkpoint_of, judge, longrope, on_disk, ours
 
 from unsloth_core import backend, hub, lora, random, tree
 from unsloth_core.autodiff import RECOMPUTE, SAVE, value_and_grad
@@ -41,10 +41,23 @@ def tokens(hf, batch=2, length=11, seed=3):
 def judged(hf, ids):
     """transformers' logits, loss and gradients by name, in one dictionary."""
     hf.zero_grad()
-    logits = hf(ids).logits
+    out = hf(ids)
+    logits = out.logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    if getattr(hf.config, "output_router_logits", False):
+        loss = loss + hf.config.router_aux_loss_coef * balance_of(out, hf.config)
     loss.backward()
-    return {"logits": logits.detach(), "loss": loss.detach(), **{n: p.grad for n, p in hf.named_parameters()}}
+    grads = on_disk(hf, {n: p.grad for n, p in hf.named_parameters()})
+    return {"logits": logits.detach(), "loss": loss.detach(), **grads}
+
+
+def balance_of(out, config):
+    """transformers' load-balancing loss, in the model's dtype where that rounds to float32."""
+    probs = torch.cat(out.router_logits).softmax(-1)
+    chosen = torch.nn.functional.one_hot(probs.topk(config.num_experts_per_tok).indices, probs.shape[-1]).sum(1)
+    balance = probs.shape[-1] * (chosen.to(probs).mean(0) * probs.mean(0)).sum()
+    torch.testing.assert_close(balance.float(), out.aux_loss.float(), rtol=1e-5, atol=1e-5)
+    return balance
 
 
 def worst_allowed(hf, ids, truth):
