@@ -568,6 +568,7 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, plan: _Plan, *leaves: Tensor) -> Any:
         ctx.set_materialize_grads(False)
         needs = ctx.needs_input_grad[1:]
+        _tell("layer", "forward")
         frozen = [leaf for leaf, need in zip(leaves, needs, strict=True) if not need]
         tape = _Record(plan.policy, frozen)
         with _taping(tape):
@@ -602,11 +603,13 @@ class _Layer(torch.autograd.Function):
                 size = sum(kept[slot].nbytes for slot in slots) if entry.fate == "saved" else 0
                 fate = {"run": RECOMPUTE, "saved": plan.policy.get(entry.name)}.get(entry.fate, entry.fate)
                 fates.append(Fate(entry.name, str(fate), size))
+        _tell("layer", "end")
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        _tell("layer", "backward")
         plan, here = ctx.plan, iter(ctx.saved_tensors)
         back = iter(offload.take(ctx.parcel, ctx.device) if ctx.away else ())
         kept = [next(back if i in ctx.away else here) for i in range(len(ctx.saved_tensors) + len(ctx.away))]
@@ -620,6 +623,7 @@ class _Layer(torch.autograd.Function):
             del kept
             found = _gradients(tuple(tree.leaves(out)), [x for x in inputs if x.requires_grad], given)
         gradients = [next(found) if need else ABSENT for need in needs]
+        _tell("layer", "end")
         return (None, *[None if g is ABSENT else g for g in gradients])
 
 
@@ -662,17 +666,22 @@ def once(of: Tensor, make: Callable[[], Tensor], *, again: bool) -> Tensor:
 
 def _made(make: Callable[[], Tensor]) -> Tensor:
     value = make()
-    if (listener := _listener.get()) is not None:
-        listener("decode", "nf4", "", (value,), {}, ())
+    _tell("decode", "nf4", value)
     return value
+
+
+def _tell(phase: str, op: str, *what: Any) -> None:
+    if (listener := _listener.get()) is not None:
+        listener(phase, op, "", what, {}, ())
 
 
 @contextlib.contextmanager
 def listening(hear: Callable[[str, str, str, Any, dict[str, Any], Tree], None]) -> Iterator[None]:
     """``hear(phase, op, name, what, statics, needs)`` of everything that runs inside, in this thread, as it starts.
 
-    ``phase``: "forward" (what: the arguments), "backward" (what: residuals and cotangent) or "decode" (what: the matrix
-    that :func:`once` made). For planning and for counting, not for changing anything."""
+    ``phase``: "forward" (what: the arguments), "backward" (what: residuals and cotangent), "decode" (what: the matrix
+    that :func:`once` made), or "layer", of which op "forward" and "backward" begin one and "end" ends it. For planning
+    and for counting, not for changing anything."""
     token = _listener.set(hear)
     try:
         yield
