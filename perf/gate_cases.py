@@ -21,8 +21,9 @@ from unsloth_core.optim import multi_tensor
 from unsloth_core.segments import Segments
 from unsloth_core.weights import NF4, Adapted, LoRA, Stacked
 
-attention, linear, nf4, nf4_matvec = (
-    importlib.import_module(f"unsloth_core.ops.{op}") for op in ("attention", "linear", "nf4", "nf4_matvec")
+attention, attention_decode, linear, nf4, nf4_matvec = (
+    importlib.import_module(f"unsloth_core.ops.{op}")
+    for op in ("attention", "attention_decode", "linear", "nf4", "nf4_matvec")
 )
 
 CPU = torch.device("cpu")
@@ -247,8 +248,14 @@ def _attention(call: Calls, r: Random, target: Target) -> None:
             for statics in ({}, *((softcap,) if whole else ()), *more):
                 op = functools.partial(uc.attention, **statics)
                 call(f"attention {K} {statics}", op, (q, k, v, packed, packed), lambda q, k, v, *_: (q, k, v))
+            if K == 64:
+                args = (q, k, v, packed, packed, r.normal(8, dtype=FP32))
+                call(f"attention {K} sinks", uc.attention, args, lambda *args: (*args[:3], args[-1]))
             q, k, v = (r.normal(*shape, K, dtype=dtype) for shape in ((4, 8), (4 * 8192, 2), (4 * 8192, 2)))
             call(f"attention {K} decode", uc.attention, (q, k, v, one, cache))
+            pages = torch.zeros(4, 512, dtype=torch.int32)
+            paged = functools.partial(attention_decode.attention_decode, page=16)
+            call(f"attention_decode {K} paged", paged, (q, k, v, one, cache, pages, r.normal(8)))
 
 
 def _optimizers(call: Calls, r: Random, target: Target) -> None:
@@ -276,14 +283,20 @@ def rows(target: Target) -> Iterator[Row]:
         where = {"dtype": "bf16" if dtype == BF16 else "fp32", "HEAD": range(low + 1, size + 1)}
         where["TMA"] = kind == "sm_90"
         for column, kernel, names in (
-            ("forward", "attention._forward", {"TOKENS": "queries", "BN": "keys"}),
-            ("decode", "attention._forward", {"BN": "keys"}),
+            ("forward", "attention._forward", {"BM": "queries", "BN": "keys"}),
             ("dkdv", "attention._dkdv", {"BM": "queries", "BN": "keys"}),
             ("dq", "attention._dq", {"BM": "queries", "BN": "keys"}),
         ):
             tiles = getattr(launch, column)
             facts = {**where, **tiles.options(), **{name: getattr(tiles, field) for name, field in names.items()}}
             yield Row(f"attention.TABLE[{kind!r}, {size}].{column} {dtype}", kernel, facts)
+    for (kind, size), tiles in attention_decode.TABLE.items():
+        for dtype in _dtypes(target):
+            if dtype != FP16 and kind == attention_decode.kind(dtype, target.capability):
+                facts = {"dtype": "bf16" if dtype == BF16 else "fp32", "BN": tiles.keys}
+                facts |= {"HEAD": range(1 if size <= 128 else 129, size + 1)}
+                facts |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
+                yield Row(f"attention_decode.TABLE[{kind!r}, {size}] {dtype}", "attention_decode._attend", facts)
     for name, config in linear.CONFIGS.items():
         if name != "interpreted" and (FP32 in _dtypes(target) or not name.startswith("fp32")):
             facts = {"BLOCK_M": config.m, "BLOCK_N": config.n, "BLOCK_K": config.k}

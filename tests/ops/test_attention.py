@@ -54,7 +54,20 @@ def run(*args, **statics):
         return attention(*args, **statics)
 
 
-def eager(q, k, v, q_segments, kv_segments, *, scale=None, causal=True, window=None, softcap=None, return_lse=False):
+def eager(
+    q,
+    k,
+    v,
+    q_segments,
+    kv_segments,
+    sinks=ABSENT,
+    *,
+    scale=None,
+    causal=True,
+    window=None,
+    softcap=None,
+    return_lse=False,
+):
     """What transformers' eager attention does in the input's dtype: scores and probabilities rounded to it."""
     ranges = [list(zip(s.starts_S.tolist(), s.ends_S.tolist(), strict=True)) for s in (q_segments, kv_segments)]
     mask = visible(*ranges, len(q), len(k), causal, window).to(q.device)
@@ -64,6 +77,10 @@ def eager(q, k, v, q_segments, kv_segments, *, scale=None, causal=True, window=N
         scores = softcap * torch.tanh(scores / softcap)
     empty = ~mask.any(-1, keepdim=True)
     scores = scores.masked_fill(~(mask | empty), float("-inf"))
+    if sinks is not ABSENT:  # gpt-oss: a column that is dropped after the softmax
+        column = sinks.to(q.dtype)[:, None, None].expand(*scores.shape[:2], 1)
+        scores = torch.cat([scores, column.masked_fill(empty, 0.0)], -1)
+        v = torch.cat([v, v.new_zeros(1, *v.shape[1:])])
     p = scores.float().softmax(-1).to(q.dtype).masked_fill(empty, 0.0)
     o = torch.einsum("hnm,mhk->nhk", p, v)
     lse = scores.float().logsumexp(-1).T.masked_fill(empty, float("-inf"))
@@ -108,23 +125,26 @@ def cases(draw):
         "scale": draw(st.sampled_from((None, 0.3, -0.2))),
         "return_lse": draw(st.booleans()),
     }
-    return q, kv, q_gap, kv_gap, H, G, draw(st.sampled_from(SIZES)), draw(st.sampled_from(DTYPES)), statics
+    sinks = draw(st.sampled_from((None, *DTYPES)))
+    return q, kv, q_gap, kv_gap, H, G, draw(st.sampled_from(SIZES)), draw(st.sampled_from(DTYPES)), sinks, statics
 
 
 # No shrinking: it would interpret kernels for minutes.
 @settings(max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(cases(), st.integers(0, 99))
 def test_contract(case, seed):
-    q, kv, q_gap, kv_gap, H, G, K, dtype, statics = case
+    q, kv, q_gap, kv_gap, H, G, K, dtype, sinks, statics = case
     q_segments, N = packed(q, q_gap)
     kv_segments, M = packed(kv, kv_gap)
     args = (*tensors(N, M, H, G, K, dtype, seed), q_segments, kv_segments)
+    if sinks is not None:
+        args = (*args, rand((H,), sinks, seed=seed + 9))
     check_op(attention, args, statics, seed=seed, judge=eager, factor=FACTOR[dtype])
 
 
 @given(cases())
 def test_the_reference_masks_by_definition(case):
-    q, kv, q_gap, kv_gap, H, G, K, _, statics = case
+    q, kv, q_gap, kv_gap, H, G, K, _, sinks, statics = case
     (q_segments, N), (kv_segments, M) = packed(q, q_gap), packed(kv, kv_gap)
     qs, ks, vs = (t.double() for t in tensors(N, M, H, G, K))
     mask = visible(
@@ -136,11 +156,16 @@ def test_the_reference_masks_by_definition(case):
     scores = scores * (K**-0.5 if statics["scale"] is None else statics["scale"])
     if statics["softcap"] is not None:
         scores = statics["softcap"] * torch.tanh(scores / statics["softcap"])
-    scores = torch.where(mask, scores, float("-inf"))
-    p = torch.softmax(scores, -1).nan_to_num(0.0)
-    o, lse = reference(qs, ks, vs, q_segments, kv_segments, **{**statics, "return_lse": True})
+    weights = torch.where(mask, scores, float("-inf")).exp()
+    total = weights.sum(-1, keepdim=True)
+    given = ABSENT
+    if sinks is not None:
+        given = rand((H,), torch.float64, seed=3)
+        total = torch.where(mask.any(-1, keepdim=True), total + given.exp()[:, None, None], total)
+    o, lse = reference(qs, ks, vs, q_segments, kv_segments, given, **{**statics, "return_lse": True})
+    p = (weights / total).nan_to_num(0.0)
     torch.testing.assert_close(o, torch.einsum("hnm,mhk->nhk", p, vs.repeat_interleave(H // G, 1)))
-    torch.testing.assert_close(lse, scores.logsumexp(-1).T)
+    torch.testing.assert_close(lse, total.log()[..., 0].T)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -236,6 +261,37 @@ def test_large_logits(dtype, softcap):
         assert torch.isfinite(d).all()
 
 
+def test_sinks_alone_get_a_gradient():
+    """Frozen q, k and v: one kernel and a sum. And the sum of a head's weights is what a sink leaves of 1."""
+    whole, N = packed([70, 20])
+    q, k, v = tensors(N, N, 4, 2, 16)
+    sinks = rand((4,), seed=8).requires_grad_()
+    o, lse = run(q, k, torch.ones_like(v), whole, whole, sinks, return_lse=True)
+    torch.testing.assert_close(o[..., 0], 1 - (sinks - lse).exp())
+    (got,) = torch.autograd.grad((o.sum() + lse.sum()), sinks)
+    wide = [t.double() for t in (q, k, torch.ones_like(v))]
+    sinks64 = sinks.detach().double().requires_grad_()
+    o, lse = reference(*wide, whole, whole, sinks64, return_lse=True)
+    torch.testing.assert_close(got.double(), torch.autograd.grad(o.sum() + lse.sum(), sinks64)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_as_slices_of_one_buffer():
+    """A stacked projection gets its gradient stacked: nothing is copied together afterwards."""
+    whole, N = packed([33, 20])
+    H, G, K = 4, 2, 16
+    q, k, v = tensors(N, N, H, G, K, torch.bfloat16)
+    do = rand((N, H, K), torch.bfloat16, seed=5)
+    no = Segments(starts_S=False, ends_S=False, max_len=0)
+    needs = (True, True, True, no, no, ABSENT)
+    with backend.using("triton"):
+        _, residuals = attention.fwd(q, k, v, whole, whole, needs=needs)
+        want = attention.bwd(residuals, do, needs=needs)[:3]
+        stacked = torch.full((N, (H + 2 * G) * K), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+        into = tuple(t.unflatten(-1, (-1, K)) for t in stacked.split((H * K, G * K, G * K), -1))
+        got = attention.bwd(residuals, do, needs=needs, into=into)[:3]
+    assert all(a is b and torch.equal(a, c) for a, b, c in zip(got, into, want, strict=True))
+
+
 def test_no_rows_at_all():
     none = segments([], [], max_len=0)
     q, k, v = (t.requires_grad_() for t in tensors(0, 8, 2, 1, 16))
@@ -277,12 +333,12 @@ def test_only_what_is_needed():
     args = (*tensors(N, N, 1, 1, 16), whole, whole)
     no = Segments(starts_S=False, ends_S=False, max_len=0)
     with backend.using("triton"):
-        out, residuals = attention.fwd(*args, needs=(False, False, False, no, no))
+        out, residuals = attention.fwd(*args, needs=(False, False, False, no, no, ABSENT))
         assert residuals[4] is ABSENT
-        out, residuals = attention.fwd(*args, needs=(True, True, True, no, no))
+        out, residuals = attention.fwd(*args, needs=(True, True, True, no, no, ABSENT))
         for needs in itertools.product((False, True), repeat=3):
-            got = attention.bwd(residuals, out, needs=(*needs, no, no))
-            assert [d is not ABSENT for d in got] == [*needs, False, False]
+            got = attention.bwd(residuals, out, needs=(*needs, no, no, ABSENT))
+            assert [d is not ABSENT for d in got] == [*needs, False, False, False]
 
 
 def test_the_reference_runs_on_fake_tensors():

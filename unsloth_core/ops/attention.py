@@ -5,6 +5,8 @@ Formula, for query row i and key row j of the same segment, query head h and key
 Backward:
     Δ = Σ o∘do − dlse;  dv = Pᵀ·do;  dS = P∘(do·vᵀ − Δ)∘(1 − (S / softcap)²);
     dq = scale · dS·k;  dk = scale · dSᵀ·q.
+A sink is a score z of its head without a value, one more e^z in every sum: lse = log(e^z + Σ_visible e^S), so the
+same P, Δ and dS hold, and dz = −Σ_rows e^(z − lse)·Δ.
 
 Every mask is an interval. Query and key of a segment are aligned at their ends, so the key on the diagonal of
 query row i is row i + (kv_end − q_end). The keys that row i sees are [lo, hi), where causal lowers hi to just
@@ -16,21 +18,18 @@ one code path, and each program finds its own bounds by a binary search of log2(
 or with nothing visible, give o = 0, lse = −inf and no gradient. Rows of k and v that lie in the gaps between
 segments are never visible, but must be finite (0 · NaN is NaN).
 
-Few queries per segment (decoding): the query heads of one key head become rows of the same tile, so a cache
-row is read once for all of them, and the keys are split over programs whose partial results are merged in a
-fixed order.
+Few queries per segment (decoding) go to ``attention_decode``, which splits the keys over programs.
 
-Residuals: q, k, v and both segments (arguments), o (an output), lse (an output if asked for, else 4·N·H new
-bytes). Dtype: fp16, bf16 or fp32 in and out; products, softmax and sums in fp32, P and dS rounded to the
-input's dtype for their products; lse fp32. fp32 inputs are multiplied exactly (no tf32). Any strides, no
-copies: blocks of aligned 16-bit heads go through tensor descriptors (Hopper's copy engine), all others
-through pointers. Bytes (b per element): forward fused (2·N·H + 2·M·G)·K·b; unfused 2·N·M·H·(4 + b) more.
-Backward needs 8·N·H scratch. Limits: head size 1 to 256, the same for q, k and v; rows and channels lie less
-than 2^23 elements apart (a cotangent of which they do not is copied); double backward raises.
+Residuals: q, k, v, sinks and both segments (arguments), o (an output), lse (an output if asked for, else 4·N·H new
+bytes). Dtype: fp16, bf16 or fp32 in and out; products, softmax and sums in fp32, P and dS rounded to the input's
+dtype for their products; lse fp32. fp32 inputs are multiplied exactly (no tf32). Any strides, no copies: blocks of
+aligned 16-bit heads go through tensor descriptors (Hopper's copy engine), all others through pointers. d_sinks is
+summed from one part per 64 rows, in their order. Bytes (b per element): forward fused (2·N·H + 2·M·G)·K·b; unfused
+2·N·M·H·(4 + b) more. Backward needs 8·N·H scratch. Limits: head size 1 to 256, the same for q, k and v; rows and
+channels lie less than 2^23 elements apart (a cotangent of which they do not is copied); double backward raises.
 
 Sources of the ideas: online softmax (Milakov and Gimelshein 2018), FlashAttention-2 (Dao 2023) for the
-two-kernel backward and the loop order, Flash-Decoding (Dao et al. 2023) for split keys, base-2 exponentials
-throughout.
+two-kernel backward and the loop order, gpt-oss for sinks; base-2 exponentials throughout.
 """
 
 import functools
@@ -47,13 +46,18 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..segments import Segments
 from ..tree import ABSENT, Tree
+from . import attention_decode
 from .attention_tiles import (
     LN2,
     LOG2E,
     LOWEST,
     blocks,
+    check,
+    factors,
+    far_apart,
     held_tile,
     partners,
+    pieces,
     probability,
     product,
     put,
@@ -62,7 +66,6 @@ from .attention_tiles import (
     tanh,
     tile,
 )
-from .checks import check_device, check_dtype
 from .language import cast, dot
 
 
@@ -85,12 +88,11 @@ class Launch(NamedTuple):
     """The tiles of all kernels for one head size, dtype and device."""
 
     forward: Tiles
-    decode: Tiles  # ``queries`` is set by the shapes here
     dkdv: Tiles
     dq: Tiles
 
 
-# Columns: forward, decode, dkdv, dq. Shared memory per program: 227 KiB on sm_90 and sm_100, 163 KiB on
+# Columns: forward, dkdv, dq. Shared memory per program: 227 KiB on sm_90 and sm_100, 163 KiB on
 # sm_80, 99 KiB on sm_86, sm_89 and sm_120 ("small"). fp32 products run on scalar units, so registers bound
 # their tiles. "sm_90 pointers": for heads that the copy engine cannot read. There Triton 3.6 compiles every wider
 # forward tile tried (128 or 64 queries, 64 or 128 keys, 1 or 2 stages) to reads beyond shared memory at a head of
@@ -98,57 +100,58 @@ class Launch(NamedTuple):
 # fmt: off
 TABLE: dict[tuple[str, int], Launch] = {  # by device class and largest head size
     ("sm_90", 64): Launch(
-        Tiles(128, 64, 8, 2, 128), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)
+        Tiles(128, 64, 8, 2, 128), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)
     ),
     ("sm_90", 96): Launch(
-        Tiles(128, 64, 8, 2, 128), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
+        Tiles(128, 64, 8, 2, 128), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
     ),
     ("sm_90", 128): Launch(
-        Tiles(128, 64, 8, 3), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
+        Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
     ),
     ("sm_90", 256): Launch(
-        Tiles(128, 64, 8, 2), Tiles(16, 64, 4, 2), Tiles(32, 64, 8, 2), Tiles(128, 32, 8, 2)
+        Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(128, 32, 8, 2)
     ),
     ("sm_90 pointers", 64): Launch(
-        Tiles(64, 32, 4, 2), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)
+        Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)
     ),
     ("sm_90 pointers", 128): Launch(
-        Tiles(64, 32, 4, 2), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
+        Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
     ),
     ("sm_90 pointers", 256): Launch(
-        Tiles(64, 32, 4, 2), Tiles(16, 64, 4, 2), Tiles(32, 64, 8, 2), Tiles(128, 32, 8, 2)
+        Tiles(64, 32, 4, 2), Tiles(32, 64, 8, 2), Tiles(128, 32, 8, 2)
     ),
     ("sm_80", 64): Launch(
-        Tiles(128, 64, 8, 2), Tiles(16, 64, 4, 3), Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 2)
+        Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 2)
     ),
     ("sm_80", 128): Launch(
-        Tiles(128, 32, 8, 2), Tiles(16, 64, 4, 3), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2)
+        Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2)
     ),
     ("sm_80", 256): Launch(
-        Tiles(64, 32, 8, 2), Tiles(16, 64, 4, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 8, 2)
+        Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 8, 2)
     ),
     ("small", 64): Launch(
-        Tiles(128, 64, 8, 2), Tiles(16, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2)
+        Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2)
     ),
     ("small", 128): Launch(
-        Tiles(128, 32, 8, 2), Tiles(16, 64, 4, 2), Tiles(32, 64, 8, 2), Tiles(64, 32, 4, 2)
+        Tiles(128, 32, 8, 2), Tiles(32, 64, 8, 2), Tiles(64, 32, 4, 2)
     ),
     ("small", 256): Launch(
-        Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 2), Tiles(32, 32, 8, 1), Tiles(64, 32, 8, 1)
+        Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(64, 32, 8, 1)
     ),
     ("fp32", 64): Launch(
-        Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)
+        Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)
     ),
     ("fp32", 128): Launch(
-        Tiles(32, 32, 8, 1), Tiles(16, 32, 4, 1), Tiles(32, 32, 8, 1), Tiles(32, 16, 8, 1)
+        Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 16, 8, 1)
     ),
     ("fp32", 256): Launch(
-        Tiles(32, 16, 8, 1), Tiles(16, 16, 4, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1)
+        Tiles(32, 16, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1)
     ),
 }
 # fmt: on
+_ROWS = 64  # of a program of _delta
 # Unequal, and small enough that a test of a hundred tokens walks several blocks in both directions.
-INTERPRETED = Launch(Tiles(64, 32, 4, 1), Tiles(16, 16, 4, 1), Tiles(32, 64, 4, 1), Tiles(64, 32, 4, 1))
+INTERPRETED = Launch(Tiles(64, 32, 4, 1), Tiles(32, 64, 4, 1), Tiles(64, 32, 4, 1))
 
 
 def configurations(capability: tuple[int, int]) -> dict[tuple[torch.dtype, str, int], Launch]:
@@ -179,48 +182,43 @@ def _launch(dtype: torch.dtype, size: int, capability: tuple[int, int], tma: boo
 
 @triton.jit(do_not_specialize=["inner", "outer"])
 def _forward(
-    Q, K, V, O, L, q_starts, q_ends, kv_starts, kv_ends, S, N, M,
+    Q, K, V, SINKS, O, L, q_starts, q_ends, kv_starts, kv_ends, S, N, M,
     q_n, q_h, q_k, k_m, k_g, k_k, v_m, v_g, v_k, inner, outer, window,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
-    TOKENS: tl.constexpr, FOLD: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-    STEPS: tl.constexpr, CAUSAL: tl.constexpr, NEGATE: tl.constexpr, TMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
+    CAUSAL: tl.constexpr, NEGATE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """A tile of TOKENS × FOLD query rows against its keys, or a SPLITS-th of them."""
-    BM: tl.constexpr = TOKENS * FOLD
-    PER: tl.constexpr = GROUP if FOLD > 1 else 1  # query heads in a tile
+    """A tile of BM query rows of one head against the keys they see."""
     W2: tl.constexpr = K2 if K2 > 0 else 16
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     # Neighbouring programs share keys; late tokens, which see most keys under a causal mask, go first.
     program = tl.program_id(0)
-    head = program % (HEADS // PER) * PER
+    head = program % HEADS
     group = head // GROUP
-    split = program // (HEADS // PER) % SPLITS
-    token = (tl.cdiv(N, TOKENS) - 1 - program // (HEADS // PER * SPLITS)) * TOKENS
-
+    i = (tl.cdiv(N, BM) - 1 - program // HEADS) * BM
     r = tl.arange(0, BM)
-    row, member = token + r // FOLD, r % FOLD
-    ok = (row < N) & (member < PER)
-    lo, hi = partners(tl.minimum(row, N - 1), q_starts, q_ends, kv_starts, kv_ends, S, M, window, STEPS, CAUSAL, False)
+    ok = i + r < N
+    lo, hi = partners(
+        tl.minimum(i + r, N - 1), q_starts, q_ends, kv_starts, kv_ends, S, M, window, STEPS, CAUSAL, False
+    )
     begin, end = tl.min(lo, 0), tl.max(hi, 0)
-    if SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(end - begin, BN), SPLITS) * BN
-        begin = tl.minimum(begin + split * share, end)
-        end = tl.minimum(begin + share, end)
     first, full, left, partial = blocks(lo, hi, begin, end, BN)
 
-    q = held_tile(Q, token, N, head, q_n, q_h, q_k, HEADS, HEAD, TOKENS, FOLD, PER, 0, K1, TMA)
+    q = held_tile(Q, i, N, head, q_n, q_h, q_k, HEADS, HEAD, BM, 0, K1, TMA)
     k_from = reader(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K1, TMA)
     v_from = reader(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K1, TMA)
     q2, k_from2, v_from2 = q, k_from, v_from
     if K2 > 0:
-        q2 = held_tile(Q, token, N, head, q_n, q_h, q_k, HEADS, HEAD, TOKENS, FOLD, PER, K1, K2, TMA)
+        q2 = held_tile(Q, i, N, head, q_n, q_h, q_k, HEADS, HEAD, BM, K1, K2, TMA)
         k_from2 = reader(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K2, TMA)
         v_from2 = reader(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K2, TMA)
 
     c = tl.arange(0, BN)
-    until = tl.minimum(hi, end)
     m = tl.full((BM,), LOWEST, tl.float32)
     l = tl.zeros((BM,), tl.float32)
+    if SINKS is not None:  # a first score, with a weight and without a value
+        m = tl.maximum(m, tl.load(SINKS + head).to(tl.float32))
+        l += 1.0
     acc = tl.zeros((BM, K1), tl.float32)
     acc2 = tl.zeros((BM, W2), tl.float32)
     for masked in tl.static_range(2):
@@ -240,7 +238,7 @@ def _forward(
                 s = tanh(s * inner)
                 factor = outer
             if masked:
-                visible = ((n + c)[None, :] >= lo[:, None]) & ((n + c)[None, :] < until[:, None])
+                visible = ((n + c)[None, :] >= lo[:, None]) & ((n + c)[None, :] < hi[:, None])
                 s = tl.where(visible, s * factor, float("-inf"))
                 top = tl.maximum(m, tl.max(s, 1))
                 p = probability(s, 1.0, top[:, None], EXACT)
@@ -257,47 +255,24 @@ def _forward(
                 v2 = tile(v_from2, n, end, group, v_m, v_g, v_k, HEAD, K1, BN, K2, masked, TMA)
                 acc2 = dot(p, v2, acc2 * decay[:, None])
 
-    empty = l == 0
+    empty = lo >= hi
     l = tl.where(empty, 1.0, l)
-    at = (split.to(tl.int64) * N + token) * HEADS + head
+    at = i.to(tl.int64) * HEADS + head
     if L is not None:
-        tl.store(
-            L + at + r // FOLD * HEADS + member,
-            tl.where(empty, float("-inf"), m + tl.log2(l) * LN2),
-            mask=ok,
-        )
-    o_offset = (r // FOLD * HEADS + member) * HEAD
-    put(O + at * HEAD, o_offset, ok, acc / l[:, None], HEAD, 0, K1)
+        tl.store(L + at + r * HEADS, tl.where(empty, float("-inf"), m + tl.log2(l) * LN2), mask=ok)
+    offset = r * (HEADS * HEAD)
+    put(O + at * HEAD, offset, ok, acc / l[:, None], HEAD, 0, K1, False)
     if K2 > 0:
-        put(O + at * HEAD, o_offset, ok, acc2 / l[:, None], HEAD, K1, K2)
-
-
-@triton.jit
-def _merge(PO, PL, O, L, rows, HEAD: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
-    """One row of o from its SPLITS normalised parts, in fixed order: L = log Σ e^(Lᵢ), o = Σ e^(Lᵢ −
-    L)·oᵢ."""
-    row = tl.program_id(0).to(tl.int64)
-    part, channel = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
-    lse = tl.load(PL + part * rows + row) * LOG2E
-    top = tl.maximum(tl.max(lse, 0), LOWEST)
-    weight = tl.exp2(lse - top)
-    total = tl.sum(weight, 0)
-    empty = total == 0
-    total = tl.where(empty, 1.0, total)
-    o = tl.load(PO + (part * rows + row)[:, None] * HEAD + channel[None, :], mask=(channel < HEAD)[None, :], other=0.0)
-    o = tl.sum(o * weight[:, None], 0) / total
-    tl.store(O + row * HEAD + channel, cast(o, O.dtype.element_ty), mask=channel < HEAD)
-    if L is not None:
-        tl.store(L + row, tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2))
+        put(O + at * HEAD, offset, ok, acc2 / l[:, None], HEAD, K1, K2, False)
 
 
 @triton.jit
 def _delta(
-    O, DO, LSE, DLSE, LSE_H, DELTA, N, P, o_n, o_h, o_k, do_n, do_h, do_k, l_n, l_h, dl_n, dl_h,
+    O, DO, LSE, DLSE, SINKS, LSE_H, DELTA, PARTS, N, P, o_n, o_h, o_k, do_n, do_h, do_k, l_n, l_h, dl_n, dl_h,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Δ = Σ o∘do − dlse, and lse again, both (H, N) so that backward reads them in rows; lse is +inf for rows
-    that see nothing, whose P = e^(S − inf) is then 0 whatever S is."""
+    that see nothing, whose P = e^(S − inf) is then 0 whatever S is. PARTS (H, blocks): d_sinks of B rows."""
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * B + tl.arange(0, B)
     ok, wide = row < N, row.to(tl.int64)
@@ -313,19 +288,35 @@ def _delta(
     lse = tl.load(LSE + wide * l_n + head * l_h, mask=ok, other=float("-inf"))
     empty = lse == float("-inf")
     tl.store(LSE_H + head * P + row, tl.where(empty, float("inf"), lse))
-    tl.store(DELTA + head * P + row, tl.where(empty, 0.0, delta))
+    delta = tl.where(empty, 0.0, delta)
+    tl.store(DELTA + head * P + row, delta)
+    if PARTS is not None:
+        weight = tl.exp2((tl.load(SINKS + head).to(tl.float32) - tl.where(empty, 0.0, lse)) * LOG2E)
+        part = tl.sum(tl.where(empty, 0.0, -weight * delta), 0)
+        tl.store(PARTS + head * tl.num_programs(0) + tl.program_id(0), part)
+
+
+@triton.jit
+def _sum_parts(PARTS, DSINKS, parts, B: tl.constexpr):
+    """One element of d_sinks, from its parts in their order."""
+    head = tl.program_id(0)
+    total = tl.zeros((B,), tl.float32)
+    for first in range(0, parts, B):
+        part = first + tl.arange(0, B)
+        total += tl.load(PARTS + head.to(tl.int64) * parts + part, mask=part < parts, other=0.0)
+    tl.store(DSINKS + head, cast(tl.sum(total, 0), DSINKS.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["inner", "outer", "scale"])
 def _dkdv(
     Q, K, V, DO, LSE, DELTA, P, DK, DV, q_starts, q_ends, kv_starts, kv_ends, S, N, M,
-    q_n, q_h, q_k, k_m, k_g, k_k, v_m, v_g, v_k, do_n, do_h, do_k, inner, outer, scale, window,
+    q_n, q_h, q_k, k_m, k_g, k_k, v_m, v_g, v_k, do_n, do_h, do_k, dk_m, dk_g, dv_m, dv_g, inner, outer, scale, window,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
-    CAUSAL: tl.constexpr, NEGATE: tl.constexpr, TMA: tl.constexpr,
+    CAUSAL: tl.constexpr, NEGATE: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """dk and dv (either may be None) of BN key rows of one key head: loops over its query heads and the rows
-    that see it.
+    that see it. With ADD they are added to what is there.
 
     Scores are computed transposed, K·Qᵀ, so that Pᵀ and dSᵀ are results of a product as they stand:
     transposing a result serialises Hopper's matrix units and was miscompiled by several Triton versions.
@@ -340,8 +331,8 @@ def _dkdv(
     begin, end = tl.min(lo, 0) // 4 * 4, tl.max(hi, 0)  # a descriptor's columns start at multiples of 16 bytes
     first, full, left, partial = blocks(lo, hi, begin, end, BM)
 
-    k = held_tile(K, n, M, group, k_m, k_g, k_k, GROUPS, HEAD, BN, 1, 1, 0, K1, TMA)
-    v = held_tile(V, n, M, group, v_m, v_g, v_k, GROUPS, HEAD, BN, 1, 1, 0, K1, TMA)
+    k = held_tile(K, n, M, group, k_m, k_g, k_k, GROUPS, HEAD, BN, 0, K1, TMA)
+    v = held_tile(V, n, M, group, v_m, v_g, v_k, GROUPS, HEAD, BN, 0, K1, TMA)
     q_from = reader(Q, end, q_n, q_h, GROUPS * GROUP, HEAD, BM, K1, TMA)
     do_from = reader(DO, end, do_n, do_h, GROUPS * GROUP, HEAD, BM, K1, TMA)
     if TMA:
@@ -351,8 +342,8 @@ def _dkdv(
         lse_from, delta_from = LSE, DELTA
     k2, v2, q_from2, do_from2 = k, v, q_from, do_from
     if K2 > 0:
-        k2 = held_tile(K, n, M, group, k_m, k_g, k_k, GROUPS, HEAD, BN, 1, 1, K1, K2, TMA)
-        v2 = held_tile(V, n, M, group, v_m, v_g, v_k, GROUPS, HEAD, BN, 1, 1, K1, K2, TMA)
+        k2 = held_tile(K, n, M, group, k_m, k_g, k_k, GROUPS, HEAD, BN, K1, K2, TMA)
+        v2 = held_tile(V, n, M, group, v_m, v_g, v_k, GROUPS, HEAD, BN, K1, K2, TMA)
         q_from2 = reader(Q, end, q_n, q_h, GROUPS * GROUP, HEAD, BM, K2, TMA)
         do_from2 = reader(DO, end, do_n, do_h, GROUPS * GROUP, HEAD, BM, K2, TMA)
 
@@ -398,21 +389,24 @@ def _dkdv(
                     if K2 > 0:
                         dk2 = dot(ds, q2, dk2)
 
-    at, offset = (n.to(tl.int64) * GROUPS + group) * HEAD, c * (GROUPS * HEAD)
+    if ADD:
+        ok = ok & (begin < end)  # nothing is added to keys that no query sees
     if DV is not None:
-        put(DV + at, offset, ok, dv, HEAD, 0, K1)
+        at, offset = n.to(tl.int64) * dv_m + group.to(tl.int64) * dv_g, c * dv_m
+        put(DV + at, offset, ok, dv, HEAD, 0, K1, ADD)
         if K2 > 0:
-            put(DV + at, offset, ok, dv2, HEAD, K1, K2)
+            put(DV + at, offset, ok, dv2, HEAD, K1, K2, ADD)
     if DK is not None:
-        put(DK + at, offset, ok, dk * scale, HEAD, 0, K1)
+        at, offset = n.to(tl.int64) * dk_m + group.to(tl.int64) * dk_g, c * dk_m
+        put(DK + at, offset, ok, dk * scale, HEAD, 0, K1, ADD)
         if K2 > 0:
-            put(DK + at, offset, ok, dk2 * scale, HEAD, K1, K2)
+            put(DK + at, offset, ok, dk2 * scale, HEAD, K1, K2, ADD)
 
 
 @triton.jit(do_not_specialize=["inner", "outer", "scale"])
 def _dq(
     Q, K, V, DO, LSE, DELTA, P, DQ, q_starts, q_ends, kv_starts, kv_ends, S, N, M,
-    q_n, q_h, q_k, k_m, k_g, k_k, v_m, v_g, v_k, do_n, do_h, do_k, inner, outer, scale, window,
+    q_n, q_h, q_k, k_m, k_g, k_k, v_m, v_g, v_k, do_n, do_h, do_k, dq_n, dq_h, inner, outer, scale, window,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
     CAUSAL: tl.constexpr, NEGATE: tl.constexpr, TMA: tl.constexpr,
@@ -431,14 +425,14 @@ def _dq(
     begin, end = tl.min(lo, 0), tl.max(hi, 0)
     first, full, left, partial = blocks(lo, hi, begin, end, BN)
 
-    q = held_tile(Q, i, N, head, q_n, q_h, q_k, HEADS, HEAD, BM, 1, 1, 0, K1, TMA)
-    do = held_tile(DO, i, N, head, do_n, do_h, do_k, HEADS, HEAD, BM, 1, 1, 0, K1, TMA)
+    q = held_tile(Q, i, N, head, q_n, q_h, q_k, HEADS, HEAD, BM, 0, K1, TMA)
+    do = held_tile(DO, i, N, head, do_n, do_h, do_k, HEADS, HEAD, BM, 0, K1, TMA)
     k_from = reader(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K1, TMA)
     v_from = reader(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K1, TMA)
     q2, do2, k_from2, v_from2 = q, do, k_from, v_from
     if K2 > 0:
-        q2 = held_tile(Q, i, N, head, q_n, q_h, q_k, HEADS, HEAD, BM, 1, 1, K1, K2, TMA)
-        do2 = held_tile(DO, i, N, head, do_n, do_h, do_k, HEADS, HEAD, BM, 1, 1, K1, K2, TMA)
+        q2 = held_tile(Q, i, N, head, q_n, q_h, q_k, HEADS, HEAD, BM, K1, K2, TMA)
+        do2 = held_tile(DO, i, N, head, do_n, do_h, do_k, HEADS, HEAD, BM, K1, K2, TMA)
         k_from2 = reader(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K2, TMA)
         v_from2 = reader(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K2, TMA)
     lse = statistic(LSE, head, i, P, BM, False)
@@ -474,10 +468,10 @@ def _dq(
             if K2 > 0:
                 dq2 = dot(ds, k2, dq2)
 
-    at, offset = (i.to(tl.int64) * HEADS + head) * HEAD, r * (HEADS * HEAD)
-    put(DQ + at, offset, ok, dq * scale, HEAD, 0, K1)
+    at, offset = i.to(tl.int64) * dq_n + head.to(tl.int64) * dq_h, r * dq_n
+    put(DQ + at, offset, ok, dq * scale, HEAD, 0, K1, False)
     if K2 > 0:
-        put(DQ + at, offset, ok, dq2 * scale, HEAD, K1, K2)
+        put(DQ + at, offset, ok, dq2 * scale, HEAD, K1, K2, False)
 
 
 def attention_fwd(
@@ -486,6 +480,7 @@ def attention_fwd(
     v_MGK: Tensor,
     q_segments: Segments,
     kv_segments: Segments,
+    sinks_H: Tensor | Any = ABSENT,
     *,
     needs: Tree,
     scale: float | None = None,
@@ -497,49 +492,37 @@ def attention_fwd(
     """Attention of every query row over the visible keys of the segment with the same index.
 
     ``q_NHK`` (N, H, K), ``k_MGK`` and ``v_MGK`` (M, G, K): fp16, bf16 or fp32, any strides; H a multiple of
-    G. ``scale``: default K**-0.5. A query's position counts from the end: the last query row of a segment
-    stands at its last key row. ``causal``: keys up to that position. ``window`` W: only keys whose position
-    is greater than the query's minus W. ``softcap`` c: scores become c·tanh(score / c). Returns ``o_NHK`` in
-    q's dtype, new and contiguous, and with ``return_lse`` also ``lse_NH`` (natural logarithm, fp32), which
-    takes part in the gradient. Raises ValueError for shapes, dtypes, devices or options that do not fit,
-    NotImplementedError for rows 2^23 or more elements apart.
+    G. ``sinks_H``: one learned score per head, in any of the three dtypes, that joins the softmax of every row that
+    sees a key and has no value. ``scale``: default K**-0.5. A query's position counts from the end: the last query
+    row of a segment stands at its last key row. ``causal``: keys up to that position. ``window`` W: only keys whose
+    position is greater than the query's minus W. ``softcap`` c: scores become c·tanh(score / c). Returns ``o_NHK``
+    in q's dtype, new and contiguous, and with ``return_lse`` also ``lse_NH`` (natural logarithm, fp32, the sink
+    included), which takes part in the gradient. Raises ValueError for shapes, dtypes, devices or options that do not
+    fit, NotImplementedError for rows 2^23 or more elements apart.
     """
-    _check(q_NHK, k_MGK, v_MGK, q_segments, kv_segments, window, softcap)
+    check("attention", q_NHK, k_MGK, v_MGK, q_segments, kv_segments, sinks_H, window, softcap)
     (N, H, K), (M, G, _) = q_NHK.shape, k_MGK.shape
-    where, group = q_NHK.device, H // G
-    tma = _by_tma(q_NHK, k_MGK, v_MGK)
-    launch = _launch(q_NHK.dtype, K, device.capability(where), tma)
-    tokens, fold, splits, tiles = launch.forward.queries, 1, 1, launch.forward
-    few = device.next_power_of_2(max(q_segments.max_len, 1))
-    if few * device.next_power_of_2(group) <= 64:
-        tiles = launch.decode
-        tokens, fold = few, max(device.next_power_of_2(group), tiles.queries // few)
-        blocks = device.cdiv(kv_segments.max_len, tiles.keys)
-        programs = device.cdiv(N, tokens) * G
-        splits = max(1, min(2 * device.sms(where) // max(programs, 1), blocks // 2, 64))
-        splits = 1 << (splits.bit_length() - 1)
-
-    o = torch.empty((N, H, K), dtype=q_NHK.dtype, device=where)
-    lse = torch.empty((N, H), dtype=torch.float32, device=where) if return_lse or any(needs[:3]) else None
-    if splits > 1:
-        to = torch.empty((splits, N, H, K), dtype=torch.float32, device=where)
-        to_lse = torch.empty((splits, N, H), dtype=torch.float32, device=where)
+    keep = any(needs[:3]) or needs[5] is True
+    if attention_decode.takes(q_segments, H // G):
+        o, lse = attention_decode.attend(
+            q_NHK, k_MGK, v_MGK, q_segments, kv_segments, ABSENT, sinks_H, scale=scale, causal=causal, window=window,
+            softcap=softcap, with_lse=return_lse or keep,
+        )  # fmt: skip
     else:
-        to, to_lse = o, lse
-    device.launch(
-        _forward, (device.cdiv(N, tokens) * (H if fold == 1 else G) * splits,), q_NHK, k_MGK, v_MGK, to, to_lse,
-        *_segments(q_segments, kv_segments), N, M, *q_NHK.stride(), *k_MGK.stride(), *v_MGK.stride(),
-        *_factors(K, scale, softcap)[:2], window, H, group, K, *_pieces(K), tokens, fold, tiles.keys, splits,
-        q_segments.starts_S.shape[0].bit_length(), causal, scale is not None and scale < 0,
-        tma, **tiles.options(),
-    )  # fmt: skip
-    if splits > 1:
+        tma = _by_tma(q_NHK, k_MGK, v_MGK)
+        tiles = _launch(q_NHK.dtype, K, device.capability(q_NHK.device), tma).forward
+        o = torch.empty((N, H, K), dtype=q_NHK.dtype, device=q_NHK.device)
+        lse = torch.empty((N, H), dtype=torch.float32, device=q_NHK.device) if return_lse or keep else None
         device.launch(
-            _merge, (N * H,), to, to_lse, o, lse, N * H, K, device.next_power_of_2(K), splits,
-            num_warps=1, enable_fp_fusion=True,
+            _forward, (device.cdiv(N, tiles.queries) * H,), q_NHK, k_MGK, v_MGK,
+            None if sinks_H is ABSENT else sinks_H, o, lse,
+            *_segments(q_segments, kv_segments), N, M, *q_NHK.stride(), *k_MGK.stride(), *v_MGK.stride(),
+            *factors(K, scale, softcap)[:2], window, H, H // G, K, *pieces(K), tiles.queries, tiles.keys,
+            q_segments.starts_S.shape[0].bit_length(), causal, scale is not None and scale < 0,
+            tma, **tiles.options(),
         )  # fmt: skip
     out = (o, lse) if return_lse else o
-    return out, (q_NHK, k_MGK, v_MGK, o, ABSENT if lse is None else lse, q_segments, kv_segments)
+    return out, (q_NHK, k_MGK, v_MGK, o, ABSENT if lse is None else lse, q_segments, kv_segments, sinks_H)
 
 
 def attention_bwd(
@@ -552,50 +535,65 @@ def attention_bwd(
     window: int | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
+    into: tuple[Any, Any, Any] = (ABSENT, ABSENT, ABSENT),
+    add: bool = False,
 ) -> tuple[Any, ...]:
-    """``(dq, dk, dv, ABSENT, ABSENT)`` from three kernels: Δ, then dk with dv, then dq; the last two if
-    needed."""
-    q, k, v, o, lse, q_segments, kv_segments = residuals
+    """``(dq, dk, dv, ABSENT, ABSENT, dsinks)``: Δ, then dk with dv, then dq; what is not needed is not computed.
+
+    ``into``: where to write dq, dk and dv, if not into new tensors: any dtype, heads and rows of any strides,
+    channels contiguous; slices of one buffer for a stacked projection. It is donated. With ``add``, dk and dv are
+    added to what their buffers hold.
+    """
+    q, k, v, o, lse, q_segments, kv_segments, sinks = residuals
     (N, H, K), (M, G, _) = q.shape, k.shape
     where, group = q.device, H // G
     do, dlse = dy if isinstance(dy, tuple) else (dy, ABSENT)
     if do is ABSENT:
         do = o.new_zeros(()).expand(o.shape)
-    if _far_apart(do):
+    if far_apart(do):
         do = do.contiguous()
     tma = _by_tma(q, k, v, do)
     launch = _launch(q.dtype, K, device.capability(where), tma)
-    inner, outer, scale = _factors(K, scale, softcap)
+    inner, outer, scale = factors(K, scale, softcap)
     segments = (*_segments(q_segments, kv_segments), N, M)
     strides = (*q.stride(), *k.stride(), *v.stride(), *do.stride())
     steps = q_segments.starts_S.shape[0].bit_length()
 
-    P = device.cdiv(N, 64) * 64 + 128  # a tile starts at any row and is at most 128 long
+    P = device.cdiv(N, _ROWS) * _ROWS + 128  # a tile starts at any row and is at most 128 long
     lse_h = torch.empty((H, P), dtype=torch.float32, device=where)
     delta = torch.empty((H, P), dtype=torch.float32, device=where)
+    dsinks, parts = None, None
+    if needs[5] is True:
+        dsinks, parts = torch.empty_like(sinks), torch.empty((H, P // _ROWS), dtype=torch.float32, device=where)
     device.launch(
-        _delta, (P // 64, H), o, do, lse, dlse if dlse is not ABSENT else None, lse_h, delta, N, P,
+        _delta, (P // _ROWS, H), o, do, lse, dlse if dlse is not ABSENT else None,
+        None if dsinks is None else sinks, lse_h, delta, parts, N, P,
         *o.stride(), *do.stride(), *lse.stride(), *(dlse.stride() if dlse is not ABSENT else (0, 0)),
-        K, device.next_power_of_2(K), 64, num_warps=4, enable_fp_fusion=True,
+        K, device.next_power_of_2(K), _ROWS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
+    if dsinks is not None:
+        device.launch(_sum_parts, (H,), parts, dsinks, P // _ROWS, 256, num_warps=4, enable_fp_fusion=True)
     dq, dk, dv = (
-        torch.empty(t.shape, dtype=t.dtype, device=where) if n else None for t, n in zip((q, k, v), needs, strict=False)
+        None if not n else torch.empty(t.shape, dtype=t.dtype, device=where) if given is ABSENT else given
+        for t, n, given in zip((q, k, v), needs[:3], into, strict=True)
     )
-    if needs[1] or needs[2]:
+    if dk is not None or dv is not None:
         tiles = launch.dkdv
         device.launch(
             _dkdv, (device.cdiv(M, tiles.keys) * G,), q, k, v, do, lse_h, delta, P, dk, dv, *segments, *strides,
-            inner, outer, scale, window, G, group, K, *_pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
-            tma, **tiles.options(),
+            *((0, 0) if dk is None else dk.stride()[:2]), *((0, 0) if dv is None else dv.stride()[:2]),
+            inner, outer, scale, window, G, group, K, *pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
+            tma, add, **tiles.options(),
         )  # fmt: skip
-    if needs[0]:
+    if dq is not None:
         tiles = launch.dq
         device.launch(
             _dq, (device.cdiv(N, tiles.queries) * H,), q, k, v, do, lse_h, delta, P, dq, *segments, *strides,
-            inner, outer, scale, window, H, group, K, *_pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
+            *dq.stride()[:2],
+            inner, outer, scale, window, H, group, K, *pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
             tma, **tiles.options(),
         )  # fmt: skip
-    return *(ABSENT if d is None else d for d in (dq, dk, dv)), ABSENT, ABSENT
+    return *(ABSENT if d is None else d for d in (dq, dk, dv)), ABSENT, ABSENT, ABSENT if dsinks is None else dsinks
 
 
 attention = custom_vjp(attention_fwd, attention_bwd)
@@ -631,20 +629,13 @@ def _triangle(positions: range) -> int:
     return high * (high + 1) // 2 - low * (low + 1) // 2
 
 
-def _pieces(K: int) -> tuple[int, int]:
-    """A head as one power of two, or as two if their sum is smaller: 80 = 64 + 16, 96 = 64 + 32."""
-    whole = max(16, device.next_power_of_2(K))
-    rest = max(16, device.next_power_of_2(max(K - whole // 2, 1)))
-    return (whole // 2, rest) if K > 32 and whole // 2 + rest < whole else (whole, 0)
-
-
 def _by_tma(*tensors: Tensor) -> bool:
     """Whether Hopper's copy engine can read blocks of these: 16-bit, aligned, and heads made of whole
     pieces."""
     size = tensors[0].shape[2]
     if device.capability(tensors[0].device)[0] not in (9, 10) and not device.interpreting():
         return False  # before Hopper descriptors are pointers in disguise; for sm_120 Triton 3.6 spills with them
-    return sum(_pieces(size)) == size and all(
+    return sum(pieces(size)) == size and all(
         t.element_size() == 2 and t.numel() > 0 and t.stride(2) == 1 and device.aligned(t, 16)
         and 0 < t.stride(0) < 2**31
         and t.stride(0) % 8 == 0 and t.stride(1) % 8 == 0 and t.shape[1] * t.stride(1) < 2**31
@@ -652,66 +643,5 @@ def _by_tma(*tensors: Tensor) -> bool:
     )  # fmt: skip
 
 
-def _far_apart(t: Tensor) -> bool:
-    """Whether rows or channels are too far apart for offsets inside a tile, which are 32-bit."""
-    return any(t.shape[i] > 1 and t.stride(i) >= 2**23 for i in (0, 2))
-
-
-def _factors(K: int, scale: float | None, softcap: float | None) -> tuple[float, float | None, float]:
-    """What turns ±q·k into S: one factor, or one inside and one outside of tanh; then the scale itself."""
-    scale = float(K**-0.5 if scale is None else scale)
-    if softcap is None:
-        return abs(scale), None, scale
-    return abs(scale) / softcap, float(softcap), scale
-
-
 def _segments(q: Segments, kv: Segments) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     return q.starts_S, q.ends_S, kv.starts_S, kv.ends_S, q.starts_S.shape[0]
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_segments: Segments,
-    kv_segments: Segments,
-    window: int | None,
-    softcap: float | None,
-) -> None:
-    if q.ndim != 3:
-        raise ValueError(f"attention: q has shape {tuple(q.shape)}, expected (N, H, K)")
-    H, K = q.shape[1:]
-    if k.ndim != 3 or k.shape[2] != K:
-        raise ValueError(f"attention: k has shape {tuple(k.shape)}, expected (M, G, {K})")
-    if v.shape != k.shape:
-        raise ValueError(f"attention: v has shape {tuple(v.shape)}, expected that of k, {tuple(k.shape)}")
-    if not 1 <= K <= 256:
-        raise ValueError(f"attention: head size is {K}, expected 1 to 256")
-    if k.shape[1] == 0 or H % k.shape[1]:
-        raise ValueError(f"attention: {H} query heads, expected a multiple of the {k.shape[1]} key heads")
-    check_dtype("attention", "q", q)
-    for name, t in (("k", k), ("v", v)):
-        if t.dtype != q.dtype:
-            raise ValueError(f"attention: {name} has dtype {t.dtype}, expected that of q, {q.dtype}")
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        check_device("attention", name, t, "q", q.device)
-        if _far_apart(t):
-            raise NotImplementedError(
-                f"attention: {name} has strides {t.stride()}, rows and channels must be below 2**23"
-            )
-    starts = q_segments.starts_S
-    for name, t in (
-        ("q_segments.starts_S", starts), ("q_segments.ends_S", q_segments.ends_S),
-        ("kv_segments.starts_S", kv_segments.starts_S), ("kv_segments.ends_S", kv_segments.ends_S),
-    ):  # fmt: skip
-        if t.ndim != 1 or t.shape != starts.shape:
-            raise ValueError(f"attention: {name} has shape {tuple(t.shape)}, expected (S,) = ({starts.numel()},)")
-        if t.dtype != torch.int32 or not t.is_contiguous():
-            raise ValueError(
-                f"attention: {name} has dtype {t.dtype} and stride {t.stride()}, expected torch.int32 and (1,)"
-            )
-        check_device("attention", name, t, "q", q.device)
-    if window is not None and not (isinstance(window, int) and 1 <= window < 2**30):
-        raise ValueError(f"attention: window is {window}, expected an integer, at least 1 and below 2**30")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"attention: softcap is {softcap}, expected a positive number")

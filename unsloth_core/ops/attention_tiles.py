@@ -1,11 +1,18 @@
-"""What attention's kernels share: which rows see each other, blocks of rows and how they are read, and scores.
-
-Everything here runs inside a kernel; ``attention.py`` says why every mask is an interval.
+"""What attention's kernels share: which rows see each other, blocks of rows and how they are read, scores, and what
+is demanded of the arguments. ``attention.py`` says why every mask is an interval.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .. import device
+from ..segments import Segments
+from ..tree import ABSENT
+from .checks import check_device, check_dtype
 from .language import cast, dot
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -104,28 +111,21 @@ def statistic(source, head, row, P, B: tl.constexpr, TMA: tl.constexpr):
 
 @triton.jit
 def held_tile(base, row, rows, head, row_stride, head_stride, stride, HEADS: tl.constexpr, HEAD: tl.constexpr,
-           B: tl.constexpr, FOLD: tl.constexpr, PER: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-           TMA: tl.constexpr):  # fmt: skip
-    """The tile a program keeps: rows [row, row + B) of ``head``, or of PER heads from it on, as B × FOLD
-    rows."""
-    if FOLD == 1:
-        source = reader(base, rows, row_stride, head_stride, HEADS, HEAD, B, WIDTH, TMA)
-        return tile(source, row, rows, head, row_stride, head_stride, stride, HEAD, FIRST, B, WIDTH, True, TMA)
-    else:
-        r, channel = tl.arange(0, B * FOLD), FIRST + tl.arange(0, WIDTH)
-        base += row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride
-        local = r // FOLD * row_stride + (r % FOLD).to(tl.int64) * head_stride
-        ok = (row + r // FOLD < rows) & (r % FOLD < PER)
-        pointer = base + local[:, None] + (channel * stride)[None, :]
-        return tl.load(pointer, mask=ok[:, None] & (channel < HEAD)[None, :], other=0.0)
+              B: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """The tile that a program keeps."""
+    source = reader(base, rows, row_stride, head_stride, HEADS, HEAD, B, WIDTH, TMA)
+    return tile(source, row, rows, head, row_stride, head_stride, stride, HEAD, FIRST, B, WIDTH, True, TMA)
 
 
 @triton.jit
-def put(base, offset, ok, x, HEAD: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Store fp32 ``x`` as channels [FIRST, FIRST + WIDTH) of contiguous rows."""
+def put(base, offset, ok, x, HEAD: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr):
+    """Store fp32 ``x`` as channels [FIRST, FIRST + WIDTH) of rows whose channels are contiguous, or add it to them."""
     channel = FIRST + tl.arange(0, WIDTH)
     pointer = base + offset[:, None] + channel[None, :]
-    tl.store(pointer, cast(x, base.dtype.element_ty), mask=ok[:, None] & (channel < HEAD)[None, :])
+    ok = ok[:, None] & (channel < HEAD)[None, :]
+    if ADD:
+        x += tl.load(pointer, mask=ok, other=0.0).to(tl.float32)
+    tl.store(pointer, cast(x, base.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -139,6 +139,7 @@ def product(a, a2, b, b2, K2: tl.constexpr):
 
 @triton.jit
 def tanh(x):
+    """tanh from exp2."""
     e = tl.exp2(tl.abs(x) * -2.8853900817779268)  # e^(−2|x|), never overflows
     t = (1.0 - e) / (1.0 + e)
     return tl.where(x < 0, -t, t)
@@ -152,3 +153,76 @@ def probability(s, factor, lse, EXACT: tl.constexpr):
         return tl.exp2((s * factor - lse) * LOG2E)
     else:
         return tl.exp2(s * (factor * LOG2E) - lse * LOG2E)
+
+
+def pieces(K: int) -> tuple[int, int]:
+    """A head as one power of two, or as two if their sum is smaller: 80 = 64 + 16, 96 = 64 + 32."""
+    whole = max(16, device.next_power_of_2(K))
+    rest = max(16, device.next_power_of_2(max(K - whole // 2, 1)))
+    return (whole // 2, rest) if K > 32 and whole // 2 + rest < whole else (whole, 0)
+
+
+def far_apart(t: Tensor) -> bool:
+    """Whether rows or channels are too far apart for offsets inside a tile, which are 32-bit."""
+    return any(t.shape[i] > 1 and t.stride(i) >= 2**23 for i in (0, 2))
+
+
+def factors(K: int, scale: float | None, softcap: float | None) -> tuple[float, float | None, float]:
+    """What turns ±q·k into S: one factor, or one inside and one outside of tanh; then the scale itself."""
+    scale = float(K**-0.5 if scale is None else scale)
+    if softcap is None:
+        return abs(scale), None, scale
+    return abs(scale) / softcap, float(softcap), scale
+
+
+def check(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_segments: Segments,
+    kv_segments: Segments,
+    sinks: Tensor | Any,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Raises the errors of ``attention`` in the name of ``op``."""
+    if q.ndim != 3:
+        raise ValueError(f"{op}: q has shape {tuple(q.shape)}, expected (N, H, K)")
+    H, K = q.shape[1:]
+    if k.ndim != 3 or k.shape[2] != K:
+        raise ValueError(f"{op}: k has shape {tuple(k.shape)}, expected (M, G, {K})")
+    if v.shape != k.shape:
+        raise ValueError(f"{op}: v has shape {tuple(v.shape)}, expected that of k, {tuple(k.shape)}")
+    if not 1 <= K <= 256:
+        raise ValueError(f"{op}: head size is {K}, expected 1 to 256")
+    if k.shape[1] == 0 or H % k.shape[1]:
+        raise ValueError(f"{op}: {H} query heads, expected a multiple of the {k.shape[1]} key heads")
+    check_dtype(op, "q", q)
+    for name, t in (("k", k), ("v", v)):
+        if t.dtype != q.dtype:
+            raise ValueError(f"{op}: {name} has dtype {t.dtype}, expected that of q, {q.dtype}")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_device(op, name, t, "q", q.device)
+        if far_apart(t):
+            raise NotImplementedError(f"{op}: {name} has strides {t.stride()}, rows and channels must be below 2**23")
+    starts = q_segments.starts_S
+    for name, t in (
+        ("q_segments.starts_S", starts), ("q_segments.ends_S", q_segments.ends_S),
+        ("kv_segments.starts_S", kv_segments.starts_S), ("kv_segments.ends_S", kv_segments.ends_S),
+    ):  # fmt: skip
+        if t.ndim != 1 or t.shape != starts.shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected (S,) = ({starts.numel()},)")
+        if t.dtype != torch.int32 or not t.is_contiguous():
+            raise ValueError(f"{op}: {name} has dtype {t.dtype} and stride {t.stride()}, expected torch.int32 and (1,)")
+        check_device(op, name, t, "q", q.device)
+    if sinks is not ABSENT:
+        if tuple(sinks.shape) != (H,) or not sinks.is_contiguous():
+            shape = f"shape {tuple(sinks.shape)} and strides {sinks.stride()}"
+            raise ValueError(f"{op}: sinks has {shape}, expected (H,) = ({H},), contiguous")
+        check_dtype(op, "sinks", sinks)
+        check_device(op, "sinks", sinks, "q", q.device)
+    if window is not None and not (isinstance(window, int) and 1 <= window < 2**30):
+        raise ValueError(f"{op}: window is {window}, expected an integer, at least 1 and below 2**30")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap is {softcap}, expected a positive number")

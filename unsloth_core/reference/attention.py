@@ -1,10 +1,13 @@
 """Attention in plain PyTorch: explicit scores, a dense mask and a softmax that survives rows without visible
 keys."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..segments import Segments
+from ..tree import ABSENT
 
 
 def attention(
@@ -13,6 +16,7 @@ def attention(
     v_MGK: Tensor,
     q_segments: Segments,
     kv_segments: Segments,
+    sinks_H: Tensor | Any = ABSENT,
     *,
     scale: float | None = None,
     causal: bool = True,
@@ -21,7 +25,7 @@ def attention(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``o_NHK`` in q's dtype, and ``lse_NH`` in (at least) fp32 if asked; see
-    :mod:`unsloth_core.ops.attention`.
+    :mod:`unsloth_core.ops.attention`. ``sinks_H`` joins the softmax of rows that see a key, as gpt-oss has it.
 
     Memory is O(H·N·M). Gradients come from autograd and are zero, never NaN, for rows that see nothing. Raises
     ValueError for heads that do not share keys evenly, and for a window or cap that means nothing.
@@ -47,6 +51,10 @@ def attention(
     visible = _visible(q_NHK, k_MGK, q_segments, kv_segments, causal, window)
     empty_N1 = ~visible.any(-1, keepdim=True)
     scores = torch.where(visible, scores, torch.where(empty_N1, 0.0, float("-inf")).to(wide))
+    if sinks_H is not ABSENT:  # one more column, that of a key whose value is 0
+        sinks = sinks_H.to(wide).unflatten(0, (groups, -1))[:, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks.masked_fill(empty_N1, 0.0)], -1)
+        v = torch.cat([v, v.new_zeros(1, *v.shape[1:])])
     o = torch.einsum("grnm,mgk->ngrk", scores.softmax(-1), v).flatten(1, 2)
     o = o.masked_fill(empty_N1[:, None], 0.0).to(q_NHK.dtype)
     if not return_lse:
