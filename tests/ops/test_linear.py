@@ -17,6 +17,7 @@ from unsloth_core.reference.nf4 import dequantize as decode
 from unsloth_core.weights import NF4, Adapted, LoRA, Stacked, shape
 
 ops = importlib.import_module("unsloth_core.ops.linear")  # the file; the package's attribute is the op
+products = importlib.import_module("unsloth_core.ops.product")
 
 SIZES = st.sampled_from([1, 2, 7, 16, 31, 33, 64])
 # Of an adapter, whose gradients are chains of two products: two fp32 sums of the same numbers in different orders, over
@@ -100,14 +101,15 @@ def test_adapted(n, c, rows, kind, ranks, dtype, frozen, extras):
 
 @pytest.mark.parametrize("path, kind", [("pointers", "dense"), ("descriptors", "stacked"), ("cublas", "stacked")])
 def test_every_path_keeps_the_rule(path, kind, monkeypatch):
-    monkeypatch.setattr(ops, "choose", lambda *_, **__: path)
+    for module in (ops, products):
+        monkeypatch.setattr(module, "choose", lambda *_, **__: path)
     dtype = torch.float32 if kind == "dense" else torch.bfloat16
     w = Adapted(base=base_of(kind, (40, 24), 72, dtype, 5), parts=(ABSENT, lora(24, 72, 20, 6)), rows=(40, 24))
     args = (rand((2, 25, 72), dtype, seed=1), w, rand((64,), dtype, seed=2), rand((2, 25, 64), dtype, seed=3))
     check_op(ops.linear, args)
 
 
-LAUNCHED = [name for name in ops.CONFIGS if name != "interpreted" or device.interpreting()]
+LAUNCHED = [name for name in products.CONFIGS if name != "interpreted" or device.interpreting()]
 FORWARD, DX, DW = 2, 0, 1  # which operand is a transposed view: bit 0 the left one, bit 1 the right one
 
 
@@ -119,7 +121,7 @@ def test_integers_are_exact_in_every_configuration(path, name):
 
     A wrong configuration is a matter of compiled code, so the interpreter walks each of them only once.
     """
-    config = ops.CONFIGS[name]
+    config = products.CONFIGS[name]
     dtype = torch.float32 if name.startswith("fp32") else torch.bfloat16
     aligned = (config.m + 24, config.n + 40, 2 * config.k + 8)
     ragged = (config.m // 2 + 1, config.n + 3, config.k + 5)  # an odd inner dimension
@@ -134,10 +136,10 @@ def test_integers_are_exact_in_every_configuration(path, name):
         c, d = integers(rows, 16, dtype, False), integers(16, cols, dtype, layout & 2)
         bias, add = integers(1, cols, dtype, False)[0], integers(rows, cols, dtype, False)
         want = a.double() @ b.double()
-        plain = ops.product(a, b, path=path, config=config)  # this one may split its sum
+        plain = products.product(a, b, path=path, config=config)  # this one may split its sum
         assert torch.equal(plain, want.to(dtype)), (dtype, layout, rows, cols, inner)
         want += c.double() @ d.double() + bias.double() + add.double()
-        all_terms = ops.product(
+        all_terms = products.product(
             a, b, bias=bias, add=add, update=(c, d), path=path, config=config, out_dtype=torch.float32
         )
         assert torch.equal(all_terms.double(), want), (dtype, layout, rows, cols, inner)
@@ -154,7 +156,7 @@ def integers(rows: int, cols: int, dtype: torch.dtype, transposed: int | bool) -
 @pytest.mark.parametrize("rows, cols, inner", [(5, 3, 1031), (1, 33, 400), (0, 3, 4), (3, 0, 4), (3, 4, 0)])
 def test_long_sums_and_empty_sides(path, rows, cols, inner):
     a, b = integers(rows, inner, torch.bfloat16, False), integers(inner, cols, torch.bfloat16, True)
-    y = ops.product(a, b, path=path, alpha=-0.5, out_dtype=torch.float32)
+    y = products.product(a, b, path=path, alpha=-0.5, out_dtype=torch.float32)
     assert y.dtype == torch.float32 and torch.equal(y.double(), -0.5 * (a.double() @ b.double()))
 
 
@@ -261,10 +263,10 @@ def test_neither_promotes_a_weight_of_another_dtype(w):
 
 def test_choice_of_product():
     where = torch.device("cpu")
-    assert ops.choose(4096, 4096, torch.bfloat16, where, update=False, gradient=False) == (
+    assert products.choose(4096, 4096, torch.bfloat16, where, update=False, gradient=False) == (
         "pointers" if device.interpreting() else "cublas"
     )
-    assert ops.configuration(8, 8, torch.float32, where) in ops.CONFIGS.values()
+    assert products.configuration(8, 8, torch.float32, where) in products.CONFIGS.values()
 
 
 def test_cost():

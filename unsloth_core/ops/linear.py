@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from .. import tree
-from ..autodiff import custom_vjp
+from ..autodiff import custom_vjp, once
 from ..cost import Cost
 from ..tree import ABSENT
 from ..weights import NF4, Adapted, LoRA, Stacked, Weight, shape
@@ -56,14 +56,12 @@ def linear_fwd(
     base, parts, _ = _open(w)
     flat = add if add is ABSENT else _matrix(add, "add")
     coded = not needs[0] and _stays_coded(x, base)
-    dense_MC = ABSENT if coded else dense(base, x.dtype)  # before what the product overlaps with
+    dense_MC = ABSENT if coded else dense(base, x.dtype, again=needs[0])  # before what overlaps
     update, overlap = ABSENT, False
-    if any(part is not ABSENT for part in parts):
+    if isinstance(w, Adapted) and any(part is not ABSENT for part in parts):
         path = choose(x.shape[0], m, x.dtype, x.device, update=True, gradient=False)
         overlap = path == "descriptors" and not coded
-        u_NR, _, v_MR, _ = low_rank.onto_ranks(
-            low_rank.adapters(w, (m, c)), x, ABSENT, pack="v", overlap=overlap
-        )
+        u_NR, _, v_MR, _ = low_rank.onto_ranks(low_rank.adapters(w, (m, c)), x, ABSENT, pack="v", overlap=overlap)
         update = (u_NR, v_MR.T)
     if coded:
         y = _product_with_codes(x, base, bias, flat, update)
@@ -82,11 +80,12 @@ def linear_bwd(residuals: tuple[Any, Weight], dy_NM: Tensor, *, needs: Any) -> t
     dy = dy_NM.reshape(math.prod(dy_NM.shape[:-1]), m)
     x = x_NC if x_NC is ABSENT else _matrix(x_NC, "x")
 
-    dense_MC = dense(base, dy.dtype) if needs_x else ABSENT
+    dense_MC = dense(base, dy.dtype, again=False) if needs_x else ABSENT
     dx = update = ABSENT
     overlap = False
     d_parts = tuple(ABSENT for _ in parts)
-    if any(part is not ABSENT for part in parts) and (needs_x or tree.any(needs_parts)):
+    adapted = any(part is not ABSENT for part in parts)
+    if isinstance(w, Adapted) and adapted and (needs_x or tree.any(needs_parts)):
         which = low_rank.adapters(w, (m, c))
         want_a = any(needs_parts[i].a for i in which.index)
         want_b = [needs_parts[i].b for i in which.index]
@@ -141,22 +140,23 @@ def _open(w: Any) -> tuple[Any, tuple[Any, ...], tuple[int, ...]]:
     return (w.base, w.parts, w.rows) if isinstance(w, Adapted) else (w, (), ())
 
 
-def dense(w: Any, dtype: torch.dtype) -> Tensor:
+def dense(w: Any, dtype: torch.dtype, *, again: bool) -> Tensor:
     """One (M, C) matrix in ``dtype``: a tensor as it is, anything else decoded or gathered into a new buffer.
 
-    Called once per forward and once per backward that needs dx, before any other launch of the call.
+    ``again``: whether the backward of this call will ask too; within a layer's backward it gets the same buffer.
     """
-    if isinstance(w, Tensor):
-        return w
+    return w if isinstance(w, Tensor) else once(tree.leaves(w)[0], lambda: _decode(w, dtype), again=again)
+
+
+def _decode(w: Any, dtype: torch.dtype) -> Tensor:
     if isinstance(w, NF4):
         return nf4.dequantize(w).to(dtype)
-    some = tree.leaves(w)[0]
-    matrix = torch.empty(shape(w), dtype=dtype, device=some.device)
+    matrix = torch.empty(shape(w), dtype=dtype, device=tree.leaves(w)[0].device)
     for part, rows in zip(w.parts, matrix.split([shape(part)[0] for part in w.parts]), strict=True):
         if isinstance(part, NF4) and part.dtype == dtype:
             nf4.dequantize(part, out=rows)
         else:
-            rows.copy_(dense(part, dtype))
+            rows.copy_(part if isinstance(part, Tensor) else nf4.dequantize(part))
     return matrix
 
 

@@ -1,0 +1,380 @@
+"""The thin sides of LoRA adapters: tokens onto ranks before a product, and the adapters' gradients after it.
+
+    u = x a^T      a_RC: the adapters' A_i below each other
+    t = dy v       v_MR: scale_i B_i on the rows and ranks of part i, else 0
+    dA = t^T x     dB_i = scale_i dy_i^T u_i
+
+x (N, C), dy (N, M), u and t (N, R); R is the sum of the ranks, padded with zeros to a multiple of 16. Two launches:
+
+:func:`onto_ranks` makes whichever of u and t is wanted, reading x and dy once for all adapters, straight from their
+fp32 leaves, which are rounded to the dtype of the tokens on the way. The same launch writes the operand that the base
+product adds on its accumulator, v or a, in that dtype. On Hopper it lets the next kernel of the stream begin at once
+(programmatic dependent launch): a few programs walk over the tokens, the base product fills the other multiprocessors,
+and waits for u or t only when its first sum is done. So the thin pass, limited by memory, runs beside products, limited
+by tensor cores.
+
+:func:`gradients` makes dA and all dB_i. Few columns times many tokens are few programs, so tokens are split between
+programs; partial sums lie in memory until the last program of a tile has counted its fellows (an integer) and adds
+them in their order: same inputs, same bits.
+
+Sources: LoRA (arXiv 2106.09685); the low-rank step on the accumulator of the base product, LoRAFusion (arXiv
+2510.00206); summing by the last arrival, the threadFenceReduction sample of NVIDIA's CUDA samples.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from .. import device
+from ..tree import ABSENT
+from ..weights import Adapted, LoRA
+from .language import cast, dot
+
+
+@triton.jit
+def _u_block(
+    x, a, u, ranks, N, C, R, x_n, x_c, job,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """One block of u: some tokens, some ranks of whatever adapters."""
+    blocks_r = tl.cdiv(R, BLOCK_R)
+    n = (job // blocks_r).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = (job % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
+    # Each rank's row of a lies in one of the leaves.
+    a_rows = a[0] + r.to(tl.int64) * C
+    low = 0
+    for i in tl.static_range(len(a)):
+        a_rows = tl.where(r >= low, a[i] + (r - low).to(tl.int64) * C, a_rows)
+        low += ranks[i]
+    r_inside = (r < low)[None, :]
+    n_inside = (n < N)[:, None]
+    x_rows = x + n[:, None] * x_n
+    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for start in range(0, C, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x_at = x_rows + k.to(tl.int64)[None, :] * x_c
+        a_at = a_rows[None, :] + k[:, None]
+        if EVEN_K:
+            x_tile = tl.load(x_at, mask=n_inside, other=0.0)
+            a_tile = tl.load(a_at, mask=r_inside, other=0.0).to(tl.float32)
+        else:
+            x_tile = tl.load(x_at, mask=n_inside & (k < C)[None, :], other=0.0)
+            a_tile = tl.load(a_at, mask=r_inside & (k < C)[:, None], other=0.0).to(tl.float32)
+        acc = dot(x_tile, cast(a_tile, x.dtype.element_ty), acc)
+    tl.store(u + n[:, None] * R + r[None, :], cast(acc, u.dtype.element_ty), mask=n_inside & (r < R)[None, :])
+
+
+@triton.jit
+def _t_block(
+    dy, b, t, scales, starts, rows, ranks, N, R, dy_n, dy_m, job, blocks_r,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One block of t: some tokens, some ranks of one adapter, whose columns of dy alone are read."""
+    which = job % len(b)
+    block_r = (job // len(b)) % blocks_r
+    n = (job // (len(b) * blocks_r)).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    b_i, scale, low, start, height, rank = b[0], scales[0], 0, starts[0], rows[0], ranks[0]
+    end = ranks[0]
+    for i in tl.static_range(1, len(b)):
+        b_i = tl.where(which == i, b[i], b_i)
+        scale = tl.where(which == i, scales[i], scale)
+        low = tl.where(which == i, end, low)
+        start = tl.where(which == i, starts[i], start)
+        height = tl.where(which == i, rows[i], height)
+        rank = tl.where(which == i, ranks[i], rank)
+        end += ranks[i]
+    past = tl.where(which == len(b) - 1, R - low, rank)  # the last adapter also writes the zeros of the padding
+    n_inside = (n < N)[:, None]
+    r_inside = (r < rank)[None, :]
+    dy_rows = dy + n[:, None] * dy_n
+    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    if block_r * BLOCK_R < past:
+        for first in range(0, height, BLOCK_K):
+            m = first + tl.arange(0, BLOCK_K)
+            dy_at = dy_rows + (start + m).to(tl.int64)[None, :] * dy_m
+            b_at = b_i + m.to(tl.int64)[:, None] * rank + r[None, :]
+            dy_tile = tl.load(dy_at, mask=n_inside & (m < height)[None, :], other=0.0)
+            b_tile = tl.load(b_at, mask=r_inside & (m < height)[:, None], other=0.0).to(tl.float32) * scale
+            acc = dot(dy_tile, cast(b_tile, dy.dtype.element_ty), acc)
+    t_at = t + n[:, None] * R + (low + r)[None, :]
+    tl.store(t_at, cast(acc, t.dtype.element_ty), mask=n_inside & (r < past)[None, :])
+
+
+@triton.jit
+def _pack_a(a, packed, ranks, C, job, BLOCK: tl.constexpr):
+    """A stretch of one row of a_RC; rows past the last rank are zeros."""
+    blocks = tl.cdiv(C, BLOCK)
+    r = job // blocks
+    c = (job % blocks) * BLOCK + tl.arange(0, BLOCK)
+    row = a[0]
+    low = 0
+    for i in tl.static_range(len(a)):
+        row = tl.where(r >= low, a[i] + (r - low).to(tl.int64) * C, row)
+        low += ranks[i]
+    value = tl.load(row + c, mask=c < tl.where(r < low, C, 0), other=0.0).to(tl.float32)
+    tl.store(packed + r.to(tl.int64) * C + c, cast(value, packed.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def _pack_b(b, packed, scales, starts, rows, ranks, M, R, job, BLOCK: tl.constexpr, RANKS: tl.constexpr):
+    """Some rows of v_MR."""
+    m = job * BLOCK + tl.arange(0, BLOCK)
+    r = tl.arange(0, RANKS)
+    value = tl.zeros((BLOCK, RANKS), tl.float32)
+    low = 0
+    for i in tl.static_range(len(b)):
+        own = m - starts[i]
+        inside = ((own >= 0) & (own < rows[i]))[:, None] & ((r >= low) & (r < low + ranks[i]))[None, :]
+        at = b[i] + own.to(tl.int64)[:, None] * ranks[i] + (r - low)[None, :]
+        value += tl.load(at, mask=inside, other=0.0).to(tl.float32) * scales[i]
+        low += ranks[i]
+    at = packed + m.to(tl.int64)[:, None] * R + r[None, :]
+    tl.store(at, cast(value, packed.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
+
+
+@triton.jit
+def _onto_ranks_kernel(
+    x, dy, a, b, u, t, a_packed, b_packed, arrived, scales, starts, rows, ranks,
+    N, C, M, R, x_n, x_c, dy_n, dy_m, u_jobs, t_jobs, workers, t_blocks_r, tiles,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, U_RANKS: tl.constexpr, T_RANKS: tl.constexpr,
+    PACK_RANKS: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Programs below ``workers`` walk over blocks of u and t; each of the others packs some of a or v."""
+    if PDL:
+        gdc_launch_dependents()
+    program = tl.program_id(0)
+    if program < workers:
+        for job in range(program, u_jobs + t_jobs, workers):
+            if t is not None:
+                if job < t_jobs:
+                    _t_block(
+                        dy, b, t, scales, starts, rows, ranks, N, R, dy_n, dy_m, job, t_blocks_r,
+                        BLOCK_N, BLOCK_K, T_RANKS,
+                    )  # fmt: skip
+            if u is not None:
+                if job >= t_jobs:
+                    _u_block(
+                        x, a, u, ranks, N, C, R, x_n, x_c, job - t_jobs, BLOCK_N, BLOCK_K, U_RANKS, EVEN_K
+                    )  # fmt: skip
+    else:
+        if a_packed is not None:
+            _pack_a(a, a_packed, ranks, C, program - workers, _PACKED_COLUMNS)
+        if b_packed is not None:
+            _pack_b(b, b_packed, scales, starts, rows, ranks, M, R, program - workers, _PACKED_ROWS, PACK_RANKS)
+    if arrived is not None:  # for gradients: nobody has counted yet
+        for first in range(program * 128, tiles, tl.num_programs(0) * 128):
+            tile = first + tl.arange(0, 128)
+            tl.store(arrived + tile, tl.zeros((128,), tl.int32), mask=tile < tiles)
+
+
+@triton.jit
+def _gradients_kernel(
+    x, t, dy, u, out, partials, arrived, scales, starts, rows, ranks,
+    N, C, R, x_n, x_c, dy_n, dy_m, chunk, a_tiles, all_ranks, b_offset,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """One tile of dA (columns of x, ranks) or of a dB_i (columns of dy, ranks of i), over ``chunk`` of the tokens."""
+    tile = tl.program_id(0)
+    of_a = tile < a_tiles
+    # What the tile is made of: columns from ``start`` on of src, ranks from ``low`` on of thin, how many, the place.
+    src = tl.where(of_a, x, dy)
+    thin = tl.where(of_a, t, u)
+    src_n = tl.where(of_a, x_n, dy_n).to(tl.int64)
+    src_c = tl.where(of_a, x_c, dy_m).to(tl.int64)
+    start, width, low, count, local, scale = 0, C, 0, all_ranks, tile, 1.0
+    place = tl.zeros((), tl.int64)
+    next_tile = a_tiles
+    next_low = 0
+    next_place = tl.zeros((), tl.int64) + b_offset
+    for i in tl.static_range(len(rows)):
+        tiles_i = tl.cdiv(rows[i], BLOCK_C) * tl.cdiv(ranks[i], BLOCK_R)
+        here = (tile >= next_tile) & (tile < next_tile + tiles_i)
+        start = tl.where(here, starts[i], start)
+        width = tl.where(here, rows[i], width)
+        low = tl.where(here, next_low, low)
+        count = tl.where(here, ranks[i], count)
+        local = tl.where(here, tile - next_tile, local)
+        scale = tl.where(here, scales[i], scale)
+        place = tl.where(here, next_place, place)
+        next_tile += tiles_i
+        next_low += ranks[i]
+        next_place += (tl.zeros((), tl.int64) + rows[i]) * ranks[i]
+    blocks_r = tl.cdiv(count, BLOCK_R)
+    c = (local // blocks_r) * BLOCK_C + tl.arange(0, BLOCK_C)
+    r = (local % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c_inside = (c < width)[:, None]
+    r_inside = (r < count)[None, :]
+
+    split = tl.program_id(1)
+    columns = src + (start + c).to(tl.int64)[:, None] * src_c
+    ranks_at = thin + (low + r)[None, :]
+    acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    for first in range(split * chunk, tl.minimum(split * chunk + chunk, N), BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        src_tile = tl.load(columns + n.to(tl.int64)[None, :] * src_n, mask=c_inside & (n < N)[None, :], other=0.0)
+        thin_tile = tl.load(ranks_at + n.to(tl.int64)[:, None] * R, mask=r_inside & (n < N)[:, None], other=0.0)
+        acc = dot(src_tile, thin_tile, acc)
+    acc *= scale
+    at = c.to(tl.int64)[:, None] * tl.where(of_a, 1, count) + r.to(tl.int64)[None, :] * tl.where(of_a, C, 1)
+    if SPLIT:
+        inner = tl.arange(0, BLOCK_C)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+        mine = partials + tile.to(tl.int64) * tl.num_programs(1) * BLOCK_C * BLOCK_R + inner
+        tl.store(mine + split * BLOCK_C * BLOCK_R, acc)
+        tl.debug_barrier()  # all threads have stored before one of them counts
+        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+            tl.debug_barrier()
+            total = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+            for s in range(tl.num_programs(1)):
+                total += tl.load(mine + s * BLOCK_C * BLOCK_R, cache_modifier=".cg")
+            tl.store(out + place + at, total, mask=c_inside & r_inside)
+    else:
+        tl.store(out + place + at, acc, mask=c_inside & r_inside)
+
+
+class Thin(NamedTuple):
+    """Launch parameters: tokens and inner elements of a step, warps, pipeline stages."""
+
+    tokens: int
+    inner: int
+    warps: int
+    stages: int
+
+
+CONFIGS = {
+    "onto ranks": Thin(64, 128, 4, 4),
+    "onto ranks, few tokens": Thin(16, 256, 4, 3),
+    "gradients": Thin(64, 128, 4, 4),  # inner: columns of a tile
+    "interpreted": Thin(32, 32, 4, 2),
+}
+_RANKS = tl.constexpr(32 if device.interpreting() else 64)  # the most that one block has
+_PACKED_COLUMNS = tl.constexpr(2048)  # of a, per program
+_PACKED_ROWS = tl.constexpr(64)  # of v, per program
+
+
+class Adapters(NamedTuple):
+    """The adapters of a weight that are there: leaves, and where each stands among rows and ranks."""
+
+    index: tuple[int, ...]  # among w.parts
+    parts: tuple[LoRA, ...]
+    starts: tuple[int, ...]  # first row of each
+    rows: tuple[int, ...]
+    ranks: tuple[int, ...]
+    shape: tuple[int, int]  # (M, C)
+
+    @property
+    def width(self) -> int:
+        """R: the sum of the ranks, a multiple of 16."""
+        return device.cdiv(sum(self.ranks), 16) * 16
+
+
+def adapters(w: Adapted, shape: tuple[int, int]) -> Adapters:
+    """Those of ``w``, whose base has this shape."""
+    found, start = [], 0
+    for i, (part, rows) in enumerate(zip(w.parts, w.rows, strict=True)):
+        if part is not ABSENT:
+            found.append((i, part, start, rows, part.a.shape[0]))
+        start += rows
+    return Adapters(*zip(*found, strict=True), shape=shape)
+
+
+def onto_ranks(
+    which: Adapters, x: Any, dy: Any, *, pack: str, tiles: int = 0, overlap: bool = False, workers: int | None = None,
+    config: Thin | None = None,
+) -> tuple[Any, Any, Any, Any]:  # fmt: skip
+    """``(u, t, packed, arrived)``: u where ``x`` is given, t where ``dy`` is; ``packed`` is "a" (R, C) or "v" (M, R).
+
+    ``arrived``: ``tiles`` zeros for :func:`gradients`. ``overlap``: the next launch waits for this one by itself.
+    ``workers``: programs that share the blocks of tokens.
+    """
+    some = dy if x is ABSENT else x
+    (m, c), n, R, where = which.shape, some.shape[0], which.width, some.device
+    interpreted = device.interpreting()
+    config = config or CONFIGS["interpreted" if interpreted else "onto ranks" if n > 16 else "onto ranks, few tokens"]
+    u, t = (ABSENT if source is ABSENT else some.new_empty(n, R) for source in (x, dy))
+    packed = some.new_empty(*((R, c) if pack == "a" else (m, R))) if pack else ABSENT
+    arrived = torch.empty(tiles, dtype=torch.int32, device=where) if tiles else ABSENT
+    limit = _RANKS.value
+    u_ranks, t_ranks = (min(limit, device.next_power_of_2(max(16, r))) for r in (R, max(which.ranks)))
+    blocks_n, t_blocks_r = device.cdiv(n, config.tokens), device.cdiv(max(max(which.ranks), 16), t_ranks)
+    t_blocks_r = max(t_blocks_r, device.cdiv(R - sum(which.ranks[:-1]), t_ranks))  # of the padding too
+    u_jobs = 0 if u is ABSENT else blocks_n * device.cdiv(R, u_ranks)
+    t_jobs = 0 if t is ABSENT else blocks_n * len(which.parts) * t_blocks_r
+    workers = max(1, min(u_jobs + t_jobs, workers or u_jobs + t_jobs))
+    packing = 0
+    if pack:
+        packing = R * device.cdiv(c, _PACKED_COLUMNS.value) if pack == "a" else device.cdiv(m, _PACKED_ROWS.value)
+    none = lambda tensor: None if tensor is ABSENT else tensor  # noqa: E731
+    device.launch(
+        _onto_ranks_kernel, (workers + packing,),
+        none(x), none(dy), tuple(p.a.contiguous() for p in which.parts), tuple(p.b.contiguous() for p in which.parts),
+        none(u), none(t), none(packed) if pack == "a" else None, none(packed) if pack == "v" else None, none(arrived),
+        tuple(float(p.scale) for p in which.parts), which.starts, which.rows, which.ranks,
+        n, c, m, R, *((0, 0) if x is ABSENT else x.stride()), *((0, 0) if dy is ABSENT else dy.stride()),
+        u_jobs, t_jobs, workers, t_blocks_r, tiles,
+        BLOCK_N=config.tokens, BLOCK_K=config.inner, U_RANKS=u_ranks, T_RANKS=t_ranks,
+        PACK_RANKS=device.next_power_of_2(R), EVEN_K=c % config.inner == 0, PDL=overlap and not interpreted,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return u, t, packed, arrived
+
+
+class Split(NamedTuple):
+    """How :func:`gradients` cuts its work: tiles of dA, of all dB_i, ranks of a tile, and shares of the tokens."""
+
+    a_tiles: int
+    b_tiles: int
+    ranks: int
+    splits: int
+    chunk: int
+
+
+def cut(which: Adapters, n: int, want_a: bool, want_b: Sequence[bool], where: torch.device) -> Split:
+    """A function of shapes and device alone, so that the same inputs give the same bits."""
+    config = CONFIGS["interpreted" if device.interpreting() else "gradients"]
+    ranks = min(_RANKS.value, device.next_power_of_2(max(16, sum(which.ranks) if want_a else max(which.ranks))))
+    a_tiles = device.cdiv(which.shape[1], config.inner) * device.cdiv(sum(which.ranks), ranks) if want_a else 0
+    b_tiles = sum(
+        device.cdiv(rows, config.inner) * device.cdiv(r, ranks)
+        for rows, r, want in zip(which.rows, which.ranks, want_b, strict=True)
+        if want
+    )
+    # Two programs per multiprocessor, but no share of fewer than four steps.
+    splits = max(1, min(2 * device.sms(where) // max(1, a_tiles + b_tiles), n // (4 * config.tokens)))
+    chunk = max(1, device.cdiv(device.cdiv(n, splits), config.tokens)) * config.tokens
+    return Split(a_tiles, b_tiles, ranks, max(1, device.cdiv(n, chunk)), chunk)
+
+
+def gradients(
+    which: Adapters, x: Any, t: Any, dy: Tensor, u: Any, arrived: Any, how: Split, want_b: Sequence[bool]
+) -> tuple[Any, list[Any]]:  # fmt: skip
+    """``(dA_RC, [dB_i])``, fp32; dA is ABSENT where ``x`` is, dB_i where ``want_b`` says so. One launch."""
+    config = CONFIGS["interpreted" if device.interpreting() else "gradients"]
+    (_, c), n = which.shape, dy.shape[0]
+    total = sum(which.ranks)
+    rows = tuple(rows if want else 0 for rows, want in zip(which.rows, want_b, strict=True))
+    sizes = [total * c if how.a_tiles else 0, *(m * r for m, r in zip(rows, which.ranks, strict=True))]
+    out = torch.empty(sum(sizes), dtype=torch.float32, device=dy.device)
+    tiles = how.a_tiles + how.b_tiles
+    partials = None
+    if how.splits > 1:
+        partials = torch.empty(tiles * how.splits * config.inner * how.ranks, dtype=torch.float32, device=dy.device)
+    thin = t if u is ABSENT else u
+    device.launch(
+        _gradients_kernel, (tiles, how.splits),
+        dy if x is ABSENT else x, thin if t is ABSENT else t, dy, thin, out, partials,
+        arrived if how.splits > 1 else None, tuple(float(p.scale) for p in which.parts), which.starts, rows,
+        which.ranks, n, c, thin.shape[1], *(dy if x is ABSENT else x).stride(), *dy.stride(), how.chunk, how.a_tiles,
+        total, sizes[0],
+        BLOCK_C=config.inner, BLOCK_N=config.tokens, BLOCK_R=how.ranks, SPLIT=how.splits > 1,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    first, *each = out.split(sizes)
+    da = first.view(total, c) if how.a_tiles else ABSENT
+    db = [g.view(m, r) if want else ABSENT for g, m, r, want in zip(each, rows, which.ranks, want_b, strict=True)]
+    return da, db
