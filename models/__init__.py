@@ -20,6 +20,7 @@ FAMILIES = {
     "phi3": "phi",
     "qwen2": "qwen",
     "qwen3": "qwen",
+    "qwen3_moe": "qwen",
 }
 
 

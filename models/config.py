@@ -109,8 +109,12 @@ class ConfigReader:
             raise ValueError(f"{self._where}: field 'layer_types' has sliding layers, but there is no sliding_window")
         return tuple(window if name == names[0] else None for name in given)
 
-    def experts(self, name: str, count: int, *, top_k: int, renormalise: bool | None = None) -> Experts:
-        """``name`` is the field of how many there are; ``renormalise`` is read from the file unless given here."""
+    def experts(self, count: int, *, top_k: int, renormalise: bool | None = None) -> Experts:
+        """The mixture, with the class defaults given; ``renormalise`` is read from the file unless given here.
+
+        How many there are has two names: publishers write one or the other, transformers 5 always the first.
+        """
+        name = "num_local_experts" if "num_local_experts" in self.raw else "num_experts"
         coefficient = self.take("router_aux_loss_coef", 0.001) and self.number("router_aux_loss_coef", 0.001)
         found = Experts(
             count=self.size(name, count),
@@ -121,6 +125,13 @@ class ConfigReader:
         if found.top_k > found.count:
             raise ValueError(f"{self._where}: {found.top_k} experts per token of {found.count} ({name!r})")
         return found
+
+    def layers_among(self, name: str, layers: int) -> list[int]:
+        """A list of some layers' indices; default none."""
+        value = self.take(name, [])
+        if not isinstance(value, list) or not all(type(i) is int and 0 <= i < layers for i in value):
+            raise ValueError(f"{self._where}: field {name!r} is {value!r}, expected indices of {layers} layers")
+        return value
 
     def finish(self) -> None:
         """Raises ValueError naming the fields that were neither read nor known to be harmless."""

@@ -117,7 +117,7 @@ class Model:
         )  # fmt: skip
         count = batch.count if count is None else count
         loss, aux = total / count, {"loss_sum": total, "count": count}
-        if stats is not ABSENT:
+        if experts and stats is not ABSENT:
             aux["balance"] = balance(*stats, top_k=experts.top_k)
             if experts.balance_coefficient:
                 loss = loss + experts.balance_coefficient * aux["balance"] * (batch.count / count)

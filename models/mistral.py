@@ -63,7 +63,7 @@ class Config:
         experts = None
         if mixtral:
             read.expect("router_jitter_noise", 0, 0.0)
-            experts = read.experts("num_local_experts", 8, top_k=2, renormalise=True)
+            experts = read.experts(8, top_k=2, renormalise=True)
         window = read.window(None if mixtral else 4096)
         windows = (window,) * layers
         if raw.get("model_type") == "ministral":  # in "mistral" the field would say nothing: it stays unknown there

@@ -42,6 +42,7 @@ TWO_BASES = {
 }
 GEMMA3 = {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 3}
 
+QWEN3_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "head_dim": 16}
 MIXTRAL = {"num_local_experts": 4, "intermediate_size": 24}
 
 # name -> (model_type, what differs from BASE)
@@ -103,6 +104,14 @@ VERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3-tied": ("qwen3", {"head_dim": 8, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen3-moe": ("qwen3_moe", {**QWEN3_MOE, "norm_topk_prob": True}),
+    "qwen3-moe-mixed": (
+        "qwen3_moe",
+        {
+            **QWEN3_MOE, "mlp_only_layers": [0], "output_router_logits": True, "router_aux_loss_coef": 0.5,
+            "tie_word_embeddings": True,
+        },
+    ),
     "qwen3-window": (
         "qwen3",
         {"head_dim": 12, "use_sliding_window": True, "sliding_window": 3, "layer_types": MIXED},

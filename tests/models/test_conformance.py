@@ -149,6 +149,24 @@ def test_qwen_of_any_shape(shapes, kind, window, kinds):
 @settings(max_examples=10)
 @given(
     shapes=SHAPES,
+    experts=st.sampled_from([(1, 1), (3, 2), (8, 2), (5, 5)]),
+    width=st.sampled_from([1, 7, 20]),
+    layers=st.sampled_from([{}, {"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}]),
+    normalised=st.booleans(),
+    balance=st.booleans(),
+)
+def test_experts_of_any_shape(shapes, experts, width, layers, normalised, balance):
+    more = {"num_local_experts": experts[0], "num_experts_per_tok": experts[1], "output_router_logits": balance}
+    more |= {"router_aux_loss_coef": 0.3, **shapes}
+    if normalised and not layers:
+        assert_conforms(judge("mixtral", intermediate_size=width, **more), "reference")
+    more |= {"moe_intermediate_size": width, "norm_topk_prob": normalised, **layers}
+    assert_conforms(judge("qwen3_moe", **more), "reference")
+
+
+@settings(max_examples=10)
+@given(
+    shapes=SHAPES,
     window=st.sampled_from([None, 1, 3, 60]),
     partial=st.sampled_from([0.5, 0.75, 1.0]),
     original=st.sampled_from([None, 8, 32]),
@@ -287,9 +305,12 @@ def test_new_adapters_change_nothing_and_merging_equals_adapting(version, name):
     torch.testing.assert_close(adapted, merged, rtol=2e-4, atol=2e-4)
 
 
+NF4_REFERENCE = ("smollm2", "mistral-nemo", "qwen3", "phi-4-mini", "gemma2", "mixtral-8x7b", "qwen3-moe-mixed")
+
+
 @pytest.mark.parametrize(
     ("version", "name"),
-    [("smollm2", "triton"), *((v, "reference") for v in ("smollm2", "mistral-nemo", "qwen3", "phi-4-mini", "gemma2"))],
+    [("smollm2", "triton"), *((v, "reference") for v in NF4_REFERENCE)],
 )
 def test_nf4_weights_train_like_their_decoded_selves(version, name):
     hf = make(version)
