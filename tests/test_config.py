@@ -6,10 +6,10 @@ import math
 import pytest
 import transformers
 
-from unsloth_core.load import declared_leaves
 from unsloth_core.models import FAMILIES, family_of, llama
 from unsloth_core.models.config import ConfigReader
 from unsloth_core.rotary import Rotary
+from unsloth_core.weights import declared_leaves
 
 # What transformers 4 writes into every Llama's file, and values equal to the class defaults need not be there.
 COMMON = {
