@@ -594,7 +594,10 @@ class _Layer(torch.autograd.Function):
                 entry.residuals = codes
         ctx.plan, ctx.entries, ctx.inputs, ctx.away = plan, entries, len(leaves), sorted(away)
         ctx.save_for_backward(*[t for i, t in enumerate(kept) if i not in away])
-        ctx.parcel, ctx.device = plan.host.send([kept[i] for i in ctx.away]) if away else None, outputs[0].device
+        ctx.device, ctx.parcel = outputs[0].device, None
+        if away:
+            _tell("layer", "offload", *[kept[i] for i in ctx.away])
+            ctx.parcel = plan.host.send([kept[i] for i in ctx.away])
         if (fates := _report.get()) is not None:
             fate = plan.policy.get(INPUT, SAVE)
             fates.append(Fate(INPUT, fate, sum(leaves[i].nbytes for i in moving)))
@@ -680,8 +683,8 @@ def listening(hear: Callable[[str, str, str, Any, dict[str, Any], Tree], None]) 
     """``hear(phase, op, name, what, statics, needs)`` of everything that runs inside, in this thread, as it starts.
 
     ``phase``: "forward" (what: the arguments), "backward" (what: residuals and cotangent), "decode" (what: the matrix
-    that :func:`once` made), or "layer", of which op "forward" and "backward" begin one and "end" ends it. For planning
-    and for counting, not for changing anything."""
+    that :func:`once` made), or "layer", of which op "forward" and "backward" begin one, "offload" (what: what it
+    sends) and "end" ends it. For planning and for counting, not for changing anything."""
     token = _listener.set(hear)
     try:
         yield
