@@ -589,9 +589,14 @@ grouped_linear = custom_vjp(grouped_linear_fwd, grouped_linear_bwd)
 
 
 def cost(rows: int, w: Weight, *, itemsize: int = 2) -> Cost:
-    """Forward of ``rows`` sorted rows: x, w and y once, 2·P·M·C FLOPs."""
-    *_, m, c = w.shape
-    return Cost(bytes=(rows * (m + c) + w.numel()) * itemsize, flops=2 * rows * m * c)
+    """Forward of ``rows`` sorted rows by a weight (E, M, C): x, w and y once; 2·P·M·C FLOPs, and 2·P·r·(C + M_i) for
+    each adapter. Of a combine add y_NM, and for its backward what the gates' gradient reads."""
+    base, parts, part_rows = _open(w)
+    *_, m, c = base.shape
+    flops = 2 * rows * m * c
+    for part, m_i in zip(parts, part_rows, strict=True):
+        flops += 0 if part is ABSENT else 2 * rows * part.a.shape[1] * (c + m_i)
+    return Cost(bytes=rows * (m + c) * itemsize + tree.nbytes(w), flops=flops)
 
 
 # ---------------------------------------------------------------------------- weights
@@ -671,18 +676,16 @@ def _adapter_gradients(
 
 
 def _weight_gradient(w: Any, need: Any, x: Tensor, dy: Tensor, plan: Plan, gates: Any) -> Any:
-    quantised = isinstance(w, NF4) or any(isinstance(part, NF4) for part in getattr(w, "parts", ()))
-    if quantised:
+    parts, needs = (w.parts, need.parts) if isinstance(w, Stacked) else ((w,), (need,))
+    if any(isinstance(part, NF4) and tree.any(wanted) for part, wanted in zip(parts, needs, strict=True)):
         raise NotImplementedError("grouped_linear: an NF4 weight has no gradient; freeze it")
     gather = gates is ABSENT
-    dtype = tree.leaves(w)[0].dtype
-    d_EMC = weight_product(
-        dy, _scaled(x, plan, gates), plan, a_gather=not gather, b_gather=gather, dtype=dtype
-    )  # fmt: skip
+    x = _scaled(x, plan, gates)
+    d_EMC = weight_product(dy, x, plan, a_gather=not gather, b_gather=gather, dtype=dy.dtype)
     if isinstance(w, Tensor):
         return d_EMC
-    rows = d_EMC.view(-1, d_EMC.shape[2]).split([part.shape[0] for part in w.parts])
-    return Stacked(parts=tuple(d if n else ABSENT for d, n in zip(rows, need.parts, strict=True)))
+    each = d_EMC.view(-1, d_EMC.shape[2]).split([part.shape[0] for part in parts])
+    return Stacked(parts=tuple(d if wanted is True else ABSENT for d, wanted in zip(each, needs, strict=True)))
 
 
 # ---------------------------------------------------------------------------- checks

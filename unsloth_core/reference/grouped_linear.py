@@ -39,13 +39,11 @@ def grouped_linear(
     if gates_NT is ABSENT:
         return y_PM.to(x.dtype)
     if gates_NT.shape != (N, T):  # no broadcasting
-        raise ValueError(f"grouped_linear: gates has shape {tuple(gates_NT.shape)}, expected (N, T) = ({N}, {T})")
+        raise ValueError(f"grouped_linear: gates has shape {tuple(gates_NT.shape)}, expected {(N, T)}")
     y_NM = (gates_NT.to(wide).unsqueeze(2) * y_PM[positions_NT.to(torch.int64)]).sum(1)
     if add_NM is not ABSENT:
         if add_NM.shape != y_NM.shape:
-            raise ValueError(
-                f"grouped_linear: add has shape {tuple(add_NM.shape)}, expected (N, M) = {tuple(y_NM.shape)}"
-            )
+            raise ValueError(f"grouped_linear: add has shape {tuple(add_NM.shape)}, expected {tuple(y_NM.shape)}")
         y_NM = y_NM + add_NM.to(wide)
     return y_NM.to(x.dtype)
 
@@ -58,7 +56,7 @@ def _dense(w: Tensor | NF4 | Stacked, experts: int, dtype: torch.dtype) -> Tenso
     if isinstance(w, NF4):
         return dequantize(w).to(dtype)
     if w.dtype != dtype:  # no promotion
-        raise ValueError(f"grouped_linear: w has dtype {w.dtype}, expected {dtype} like x")
+        raise ValueError(f"grouped_linear: w has dtype {w.dtype}, expected {dtype}")
     return w
 
 
