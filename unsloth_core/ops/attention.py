@@ -390,7 +390,7 @@ def _dkdv(
                         dk2 = dot(ds, q2, dk2)
 
     if ADD:
-        ok = ok & (begin < end)  # nothing is added to keys that no query sees
+        ok = ok & (lo < hi)  # nothing is added to keys that no query sees
     if DV is not None:
         at, offset = n.to(tl.int64) * dv_m + group.to(tl.int64) * dv_g, c * dv_m
         put(DV + at, offset, ok, dv, HEAD, 0, K1, ADD)
@@ -502,7 +502,7 @@ def attention_fwd(
     """
     check("attention", q_NHK, k_MGK, v_MGK, q_segments, kv_segments, sinks_H, window, softcap)
     (N, H, K), (M, G, _) = q_NHK.shape, k_MGK.shape
-    keep = any(needs[:3]) or needs[5] is True
+    keep = any(needs[:3]) or (sinks_H is not ABSENT and needs[5])
     if attention_decode.takes(q_segments, H // G):
         o, lse = attention_decode.attend(
             q_NHK, k_MGK, v_MGK, q_segments, kv_segments, ABSENT, sinks_H, scale=scale, causal=causal, window=window,
@@ -563,7 +563,7 @@ def attention_bwd(
     lse_h = torch.empty((H, P), dtype=torch.float32, device=where)
     delta = torch.empty((H, P), dtype=torch.float32, device=where)
     dsinks, parts = None, None
-    if needs[5] is True:
+    if sinks is not ABSENT and needs[5]:
         dsinks, parts = torch.empty_like(sinks), torch.empty((H, P // _ROWS), dtype=torch.float32, device=where)
     device.launch(
         _delta, (P // _ROWS, H), o, do, lse, dlse if dlse is not ABSENT else None,
