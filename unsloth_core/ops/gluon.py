@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 
 jit = gluon.jit
+constexpr_function = gluon.constexpr_function
 make_tensor_descriptor = tma.make_tensor_descriptor
 store_wait = tma.store_wait
 load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -33,6 +34,7 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 __all__ = [
     "aggregate",
     "barrier",
+    "constexpr_function",
     "fence_async_shared",
     "gl",
     "jit",
