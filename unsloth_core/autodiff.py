@@ -83,8 +83,12 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
 
     def run(args: tuple[Any, ...], name: str, keywords: dict[str, Any]) -> Any:
         leaves, spec = tree.flatten(args)
-        if not all(isinstance(leaf, Tensor) for leaf in leaves) or not all(isinstance(args[i], k) for i, k in kinds):
-            raise TypeError(_misfit(op_name, arguments, args))
+        for leaf in leaves:
+            if leaf.__class__ is not Tensor and not isinstance(leaf, Tensor):
+                raise TypeError(_misfit(op_name, arguments, args))
+        for i, kind in kinds:
+            if not isinstance(args[i], kind):
+                raise TypeError(_misfit(op_name, arguments, args))
         if not leaves:
             raise TypeError(f"{op_name}: no argument has a tensor")
         if _under_autocast(leaves):
@@ -177,7 +181,7 @@ class _Call:
         def fwd(tensors: Sequence[Tensor]) -> tuple[Any, Tree]:
             return self.pair[0](*tree.unflatten(tensors, self.spec), needs=tree_of_needs, **self.statics)
 
-        return tracing.opaque(fwd, leaves) if any(map(is_fake, leaves)) else fwd(leaves)
+        return tracing.opaque(fwd, leaves) if _any_fake(leaves) else fwd(leaves)
 
     def backward(self, residuals: Tree, cotangent: Any, needs: Sequence[bool]) -> list[Tensor | None]:
         tree_of_needs = tree.unflatten(needs, self.spec)
@@ -187,13 +191,23 @@ class _Call:
         def bwd(residuals: Tree, cotangent: Any) -> tuple[Any, ...]:
             return self.pair[1](residuals, cotangent, needs=tree_of_needs, **self.statics)
 
-        if any(map(is_fake, tree.leaves(cotangent))):
+        if _any_fake(tree.leaves(cotangent)):
             tensors, spec = tree.flatten((residuals, cotangent))
             gradients = tracing.opaque(lambda tensors: bwd(*tree.unflatten(tensors, spec)), tensors)
         else:
             gradients = bwd(residuals, cotangent)
-        flat = [g for one, need in zip(gradients, tree_of_needs, strict=True) for g in tree.broadcast(one, need)]
+        if self.spec.is_flat():
+            flat = [g for g, need in zip(gradients, tree_of_needs, strict=True) if need is not ABSENT]
+        else:
+            flat = [g for one, need in zip(gradients, tree_of_needs, strict=True) for g in tree.broadcast(one, need)]
         return [g if need and g is not ABSENT else None for g, need in zip(flat, needs, strict=True)]
+
+
+def _any_fake(leaves: Sequence[Tensor]) -> bool:
+    for leaf in leaves:  # no generator: this is asked at every call of every op
+        if leaf.__class__ is not Tensor and is_fake(leaf):
+            return True
+    return False
 
 
 class _Op(torch.autograd.Function):
@@ -212,17 +226,24 @@ class _Op(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        # Only ``create_graph=True`` has gradients enabled here; nodes that raise are made for nobody else.
+        return (_once if torch.is_grad_enabled() else _Op._backward)(ctx, *cotangents)
+
+    @staticmethod
+    def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         given = tuple([ABSENT if ct is None else ct for ct in cotangents])
         needs, present = ctx.needs_input_grad[1:], [ct for ct in given if ct is not ABSENT]
         if not present:
             return (None, *[None] * len(needs))
         if _under_autocast(present):  # backward was called inside it
             with torch.autocast(present[0].device.type, enabled=False):
-                return _Op.backward(ctx, *cotangents)
+                return _Op._backward(ctx, *cotangents)
         residuals = tree.unflatten(list(ctx.saved_tensors), ctx.residual_spec)
         return (None, *ctx.call.backward(residuals, given if ctx.several else given[0], needs))
+
+
+_once = once_differentiable(_Op._backward)
 
 
 @tree.pytree

@@ -72,46 +72,74 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """``kernel[grid](*args, **options)`` on the device of the first tensor argument; an empty grid launches nothing.
 
     ``args`` are the kernel's first parameters, in order; ``options`` the others, all constexpr, and Triton's own.
-    Triton finds the compiled kernel of a call anew each time, in Python; here a dictionary does. By that the host time
-    of NF4 decoding, which is one launch, went from 100 to 42 us on the machine of perf/LOG.md.
-    Backward runs in threads of autograd's engine, where neither the user's current device nor Triton's allocator (a
-    context variable, needed by tensor descriptors made on the device) is set: both are set here, at every launch.
-    Nothing is launched for fake and meta tensors.
+    Triton finds the compiled kernel of a call anew each time, in Python, and its launcher asks every tensor for its
+    address and the driver about every address; here dictionaries do, and addresses are passed. What that saves is in
+    perf/LOG.md. Backward runs in threads of autograd's engine, where neither the user's current device nor Triton's
+    allocator (a context variable, needed by tensor descriptors made on the device) is set: both are set here, at every
+    launch. Nothing is launched for fake and meta tensors.
     """
-    first = next(a for a in args if isinstance(a, Tensor))
+    first = args[0] if args[0].__class__ is Tensor else next(a for a in args if isinstance(a, Tensor))
     if 0 in grid or first.is_meta or is_fake(first):
         return
     if _INTERPRETING:
         kernel[grid](*args, **options)
         return
-    device = first.device
     triton.set_allocator(_allocate)
-    if device.index == torch.cuda.current_device():
-        _launch(device.index, kernel, grid, args, options)
+    index = first.get_device()
+    if index == torch.cuda.current_device():
+        _launch(index, kernel, grid, args, options)
     else:
-        with torch.cuda.device(device):
-            _launch(device.index, kernel, grid, args, options)
+        with torch.cuda.device(index):
+            _launch(index, kernel, grid, args, options)
 
 
-def _launch(index: Any, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    runtime = _RUNTIME.get(id(kernel)) or _count_runtime_parameters(kernel)
-    key = (index, id(kernel), *_traits(args[:runtime]), *args[runtime:], *options.items())
-    found = _COMPILED.get(key)
+def _launch(index: int, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    values: list[Any] = []
+    exact: list[Any] = [index, id(kernel), *options, *options.values()]
+    for a in args:
+        if a.__class__ is Tensor or a.__class__ is Parameter:
+            address = a.data_ptr()
+            values.append(address)
+            exact.append(a.dtype)
+            exact.append(address & 15)
+        else:
+            values.append(a)
+            exact += (a,) if a is None or a.__class__ is int else _traits((a,))
+    call = tuple(exact)
+    found = _CALLS.get(call) or _find(call, index, kernel, args, options)
     hooks = triton.knobs.runtime
     if found is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # profilers see every launch
         compiled = kernel[grid](*args, **options)
-        _COMPILED[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(args) :])
+        constexprs = tuple(options[name] for name in kernel.arg_names[len(args) :])
+        _COMPILED[_key(index, kernel, args, options)] = compiled, constexprs
         return
     compiled, constexprs = found
     x, y, z = (*grid, 1, 1)[:3]
     stream = triton.runtime.driver.active.get_current_stream(index)
     no_hooks = (None, None, None)
-    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, *no_hooks, *args, *constexprs)
+    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, *no_hooks, *values, *constexprs)
 
 
-# (device, kernel, traits of the arguments, options) -> the compiled kernel, and its constexprs in order.
-_COMPILED: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+_Found = tuple[Any, tuple[Any, ...]]  # a compiled kernel, and its constexprs in order
+_CALLS: dict[Any, _Found] = {}  # by a call's very integers, and dtype and alignment of its tensors: quick to ask
+_COMPILED: dict[Any, _Found] = {}  # by what Triton may compile differently for
+_CALLS_KEPT = 10_000
 _RUNTIME: dict[int, int] = {}
+
+
+def _find(call: Any, index: int, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> _Found | None:
+    """The compiled kernel of a call not seen before, if another has compiled it."""
+    found = _COMPILED.get(_key(index, kernel, args, options))
+    if found is not None:
+        if len(_CALLS) >= _CALLS_KEPT:
+            _CALLS.clear()
+        _CALLS[call] = found
+    return found
+
+
+def _key(index: int, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    runtime = _RUNTIME.get(id(kernel)) or _count_runtime_parameters(kernel)
+    return (index, id(kernel), *_traits(args[:runtime]), *args[runtime:], *options.items())
 
 
 def _count_runtime_parameters(kernel: Any) -> int:

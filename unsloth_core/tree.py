@@ -48,6 +48,10 @@ class Spec(NamedTuple):
     children: "tuple[Spec, ...]"
     num_leaves: int
 
+    def is_flat(self) -> bool:
+        """A tuple whose members are leaves or holes."""
+        return self.kind is tuple and all(child is _LEAF or child is _HOLE for child in self.children)
+
 
 _LEAF = Spec(None, None, (), 1)
 
@@ -124,6 +128,7 @@ def pytree(cls: type[_T]) -> type[_T]:
 
     to_children, to_context = _getter(children), _getter(statics)
     _NODES[cls] = _Node(to_children, to_context, from_children, lambda _: children)
+    _FLAT.clear()  # a tuple with one of these was flat until now
     pt.register_pytree_node(  # foreign code (torch.compile, torch.export) sees the same nodes
         cls,
         # In words that torch.compile can trace.
@@ -142,9 +147,23 @@ def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
     return lambda node: tuple(getattr(node, name) for name in names)
 
 
+# Structures of tuples of leaves and holes, by the types of their members: what the arguments of most ops are.
+_FLAT: dict[tuple[type, ...], Spec] = {}
+
+
 def flatten(tree: Tree) -> tuple[list[Any], Spec]:
     """The leaves in a fixed order, and the structure that :func:`unflatten` puts them back into."""
-    found: list[Any] = []
+    if tree.__class__ is tuple:
+        kinds = tuple([child.__class__ for child in tree])
+        flat = _FLAT.get(kinds)
+        if flat is not None:
+            return (list(tree) if flat.num_leaves == len(tree) else [x for x in tree if x is not ABSENT]), flat
+        found: list[Any] = []
+        spec = _flatten(tree, found)
+        if spec.is_flat():
+            _FLAT[kinds] = spec
+        return found, spec
+    found = []
     return found, _flatten(tree, found)
 
 
@@ -177,7 +196,7 @@ def _unflatten(spec: Spec, leaves_: Iterator[Any]) -> Tree:
     if spec is _HOLE:
         return ABSENT
     values = [next(leaves_) if below is _LEAF else _unflatten(below, leaves_) for below in spec.children]
-    return _NODES[spec.kind].build(values, spec.context)
+    return tuple(values) if spec.kind is tuple else _NODES[spec.kind].build(values, spec.context)
 
 
 def leaves(tree: Tree) -> list[Any]:

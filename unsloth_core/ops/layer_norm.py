@@ -163,9 +163,11 @@ def _backward(
         if db_partial_ptr is not None:
             db += dy
     if dw_partial_ptr is not None:
-        tl.store(dw_partial_ptr + program.to(tl.int64) * D + col, tl.sum(dw, axis=0, keep_dims=True), col < D)
+        dw = tl.sum(dw, axis=0, keep_dims=True)
+        tl.store(dw_partial_ptr + program.to(tl.int64) * D + col, cast(dw, dw_partial_ptr.dtype.element_ty), col < D)
     if db_partial_ptr is not None:
-        tl.store(db_partial_ptr + program.to(tl.int64) * D + col, tl.sum(db, axis=0, keep_dims=True), col < D)
+        db = tl.sum(db, axis=0, keep_dims=True)
+        tl.store(db_partial_ptr + program.to(tl.int64) * D + col, cast(db, db_partial_ptr.dtype.element_ty), col < D)
 
 
 @triton.jit
@@ -222,18 +224,19 @@ def _weight_partials(
         if db_partial_ptr is not None:
             db += dy
     if dw_partial_ptr is not None:
-        tl.store(dw_partial_ptr + program.to(tl.int64) * D + col, tl.sum(dw, axis=0, keep_dims=True), col < D)
+        dw = tl.sum(dw, axis=0, keep_dims=True)
+        tl.store(dw_partial_ptr + program.to(tl.int64) * D + col, cast(dw, dw_partial_ptr.dtype.element_ty), col < D)
     if db_partial_ptr is not None:
-        tl.store(db_partial_ptr + program.to(tl.int64) * D + col, tl.sum(db, axis=0, keep_dims=True), col < D)
+        db = tl.sum(db, axis=0, keep_dims=True)
+        tl.store(db_partial_ptr + program.to(tl.int64) * D + col, cast(db, db_partial_ptr.dtype.element_ty), col < D)
 
 
 def _partials(
-    x: Tensor, rows: int, ROWS: int, programs_per_sm: int, needs_w: bool, needs_b: bool
-) -> tuple[int, tuple[Tensor | None, Tensor | None]]:
+    x: Tensor, rows: int, ROWS: int, programs_per_sm: int, dw: Any, db: Any
+) -> tuple[int, tuple[Tensor | None, ...]]:
     """How many programs leave partial rows, and where: one tensor for dw and one for db, None where not needed."""
-    first = partial_rows(x, rows, ROWS, programs_per_sm)
-    second = torch.empty_like(first) if needs_w and needs_b else None
-    return first.shape[0], (first, second) if needs_w else (None, first)
+    wanted = [None if out is ABSENT else partial_rows(x, rows, ROWS, programs_per_sm, out) for out in (dw, db)]
+    return next(partial.shape[0] for partial in wanted if partial is not None), tuple(wanted)
 
 
 # ---------------------------------------------------------------------------- op
@@ -304,28 +307,28 @@ def layer_norm_bwd(
         x = dy = dy if row_strides(dy) is not None else dy.contiguous()
     (dy,), inner, (x_rows, dy_rows) = cotangent_row_strides(x, dy)
     w, mean, rstd = (None if t is ABSENT else t for t in (w, mean, rstd))
-    fused, partials = needs_x and (needs_w or needs_b) and D <= FUSED_WIDTH, (None, None)
+    fused = needs_x and (needs_w or needs_b) and D <= FUSED_WIDTH
+    programs, partials = 0, (None, None)
     if fused:
         ROWS, BLOCK, warps = whole_rows(D)
-        warps = max(8, warps)
-        programs, partials = _partials(x, rows, ROWS, 16 // warps, needs_w, needs_b)
+        programs, partials = _partials(x, rows, ROWS, 1, dw, db)
         launch(
             _backward, (programs,), x, w, mean, rstd, dy, dx, *partials,
             rows, D, inner, *x_rows, *dy_rows, dy.stride(-1), ROWS=ROWS, BLOCK=BLOCK,
-            STAGES=stages(ROWS * BLOCK * (x.element_size() + dy.element_size())),
-            num_warps=warps, enable_fp_fusion=True,
+            STAGES=stages(ROWS * BLOCK * (x.element_size() + dy.element_size()), x.device),
+            num_warps=max(8, warps), enable_fp_fusion=True,
         )  # fmt: skip
     elif needs_w or needs_b:
         ROWS, BLOCK = column_tile(D, narrowest=128)
         columns = cdiv(D, BLOCK)
-        programs, partials = _partials(x, rows, ROWS, cdiv(8, columns), needs_w, needs_b)
+        programs, partials = _partials(x, rows, ROWS, cdiv(8, columns), dw, db)
         launch(
             _weight_partials, (columns, programs), x, mean, rstd, dy, *partials,
             rows, D, inner, *x_rows, *dy_rows, dy.stride(-1),
             ROWS=ROWS, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     for partial, out in zip(partials, (dw, db)):
-        if partial is not None:
+        if partial is not None and programs > 1:
             sum_partials(partial, out)
     if needs_x and not fused and D <= _WIDTH:
         ROWS, BLOCK, warps = whole_rows(D)

@@ -12,10 +12,12 @@ One program has a few rows of W and walks along C; a thread takes 32 codes (16 b
 they meet stays in its registers for all rows. Nothing is multiplied by a tensor core: the arithmetic of N <= 8 is less
 than the table lookups. Those are one instruction each: lane i of a warp holds entry i % 16, and a shuffle fetches from
 the lane that a code names (``tl.gather`` compiles to the same shuffle for a single warp, but goes through shared memory
-with more). The shuffle looks at five bits only, so lower nibbles need no mask. Few rows and a long sum are split along
-C; a second kernel adds the parts in their order.
-Bytes: w and x once, y once. Compiled for sm_90 by Triton 3.6.0 for one token: 5.4 instructions per weight, of which
-3 are the shift, the shuffle and the multiply-add; 80 registers, no spills.
+with more). The shuffle looks at five bits only, so nibbles need a shift and no mask, and four bytes of codes stay in
+the register they were loaded in. Few rows and a long sum are split along C; a second kernel adds the parts in order.
+Bytes: w and x once, y once. Compiled for sm_90 by Triton 3.6.0 for one token: 4.1 instructions per weight, of which
+3 are the shift, the shuffle and the multiply-add; 72 registers, no spills. Measured, large matrices take 0.26 ps per
+weight beyond a start of 4 us: half the rate at which those instructions could be issued, whatever the tile, loads
+ahead or not. The shuffles are what is left to blame.
 Limits: C a multiple of 32; x contiguous along C and aligned to two elements; w decodes to x's dtype or to fp32.
 """
 
@@ -40,15 +42,27 @@ GROUP = 32  # codes that a thread takes at once, 16 bytes; blocks of codes with 
 
 
 @triton.jit
-def _look_up(lane_entry, index):
-    """Entry ``index % 16`` of the table; ``lane_entry`` is what ``_hold`` returned."""
+def _look_up(lane_entry, code):
+    """The entries that the upper and the lower nibbles of bytes name; ``lane_entry`` is what ``_hold`` returned."""
     if INTERPRET:
-        return tl.gather(lane_entry, index & 0xF, 0)
+        index = code.to(tl.int32)
+        return tl.gather(lane_entry, index >> 4, 0), tl.gather(lane_entry, index & 0xF, 0)
     else:
-        return tl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [lane_entry, index],
-            dtype=tl.float32, is_pure=True, pack=1,
+        upper = tl.inline_asm_elementwise(
+            """{ .reg .b32 i<4>;
+            shr.u32 i0, $8, 4; shr.u32 i1, $8, 12; shr.u32 i2, $8, 20; shr.u32 i3, $8, 28;
+            shfl.sync.idx.b32 $0, $4, i0, 31, 0xffffffff; shfl.sync.idx.b32 $1, $4, i1, 31, 0xffffffff;
+            shfl.sync.idx.b32 $2, $4, i2, 31, 0xffffffff; shfl.sync.idx.b32 $3, $4, i3, 31, 0xffffffff; }""",
+            "=r,=r,=r,=r,r,r,r,r,r", [lane_entry, code], dtype=tl.float32, is_pure=True, pack=4,
         )  # fmt: skip
+        lower = tl.inline_asm_elementwise(
+            """{ .reg .b32 i<4>;
+            shr.u32 i1, $8, 8; shr.u32 i2, $8, 16; shr.u32 i3, $8, 24;
+            shfl.sync.idx.b32 $0, $4, $8, 31, 0xffffffff; shfl.sync.idx.b32 $1, $4, i1, 31, 0xffffffff;
+            shfl.sync.idx.b32 $2, $4, i2, 31, 0xffffffff; shfl.sync.idx.b32 $3, $4, i3, 31, 0xffffffff; }""",
+            "=r,=r,=r,=r,r,r,r,r,r", [lane_entry, code], dtype=tl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+        return upper, lower
 
 
 @triton.jit
@@ -117,7 +131,7 @@ def _matvec_kernel(
             at = (first + r).to(tl.int64) * groups
             end = tl.where(first + r < rows, high, low)  # a row outside has no groups
             code_inside = (byte < end * 16) | EVEN
-            code = tl.load(codes + at * 16 + byte, mask=code_inside, other=0).to(tl.int32)
+            code = tl.load(codes + at * 16 + byte, mask=code_inside, other=0)
             block = (at + group) // GROUPS_PER_BLOCK
             scale_inside = (group < end) | EVEN
             if nested_absmax is not None:
@@ -126,8 +140,7 @@ def _matvec_kernel(
                 scale = scale * tl.load(nested_code + q) + tl.load(nested_offset)
             else:
                 scale = tl.load(absmax + block, mask=scale_inside, other=0.0)
-            upper = _look_up(entry, code >> 4)
-            lower = _look_up(entry, code)
+            upper, lower = _look_up(entry, code)
             for n in tl.static_range(N):
                 # Each sum stays in one thread, a chain of 16 multiply-adds.
                 part = tl.sum((upper * even[n]).reshape(STEP, 16), 1)
@@ -163,15 +176,14 @@ class Config(NamedTuple):
 
 
 def configuration(n: int, m: int, c: int, dtype: torch.dtype, where: torch.device) -> Config:
-    """By shape. The more rows share one load of x the better, but each multiprocessor should get two programs, and x
-    and the sums of ``n`` tokens have to fit into registers. Chosen by what compiles well, not yet by measurement."""
+    """By shape, as measured on an H100 (perf/LOG.md). The more rows share one load of x the better, as long as x and
+    the sums of ``n`` tokens fit into registers; single warps where there are enough of them, pairs where not."""
     groups = c // GROUP
     if device.interpreting():
         rows, step = 2, 4
     else:
-        many = (1 if dtype == torch.float32 else 2) if n > 4 else 4
-        rows = many if n > 1 or device.cdiv(m, 8) < 2 * device.sms(where) else 8
-        step = 128 if groups >= 128 else 64 if groups >= 64 else 32
+        rows = 4 if n <= 4 or dtype != torch.float32 else 1
+        step = 64 if n == 1 and m < 64 * device.sms(where) and groups >= 64 else 32
     programs, steps = device.cdiv(m, rows), device.cdiv(groups, step)
     splits = 1 if programs >= device.sms(where) else min(steps, device.cdiv(2 * device.sms(where), programs))
     return Config(rows, step, splits)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ..autodiff import custom_vjp
 from ..cost import Cost
-from ..device import cdiv, launch, next_power_of_2, sms
+from ..device import capability, cdiv, launch, next_power_of_2, sms
 from ..tree import ABSENT
 from .checks import check_device, check_dtype
 from .language import cast
@@ -46,7 +46,7 @@ MAX_ROWS = 2**30  # row numbers are int32 in the kernels; offsets are int64
 _FORWARD_BYTES = 65536  # of a row of x that one program keeps in registers
 BACKWARD_WIDTH = 16384  # channels: x and dy share the registers,
 FUSED_WIDTH = 8192  # and here the running dw too
-_STAGED_BYTES = 49152  # of shared memory for the tiles that backward loads ahead
+_STAGED_BYTES = 49152  # of shared memory for the tiles that a loop loads ahead, where any GPU has that
 _WALK = 4096  # block in which longer rows are walked
 
 
@@ -150,7 +150,7 @@ def _backward(
             dw += dy * x_hat
     if partial_ptr is not None:
         total = tl.sum(dw, axis=0, keep_dims=True)
-        tl.store(partial_ptr + program.to(tl.int64) * D + col, total, col < D)
+        tl.store(partial_ptr + program.to(tl.int64) * D + col, cast(total, partial_ptr.dtype.element_ty), col < D)
 
 
 @triton.jit
@@ -202,7 +202,7 @@ def _weight_partials(
         dy = tl.load(dy_ptr + dy_offset, inside, other=0.0).to(tl.float32)
         dw += dy * (x * tl.load(rstd_ptr + row, row < rows, other=0.0))
     total = tl.sum(dw, axis=0, keep_dims=True)
-    tl.store(partial_ptr + program.to(tl.int64) * D + col, total, col < D)
+    tl.store(partial_ptr + program.to(tl.int64) * D + col, cast(total, partial_ptr.dtype.element_ty), col < D)
 
 
 @triton.jit
@@ -307,14 +307,20 @@ def column_tile(D: int, narrowest: int) -> tuple[int, int]:
     return 4096 // block, block
 
 
-def partial_rows(x: Tensor, rows: int, ROWS: int, programs_per_sm: int) -> Tensor:
-    """Where programs leave their sums for dw, one row each; four tiles per program keep it small beside x."""
+def partial_rows(x: Tensor, rows: int, ROWS: int, programs_per_sm: int, out: Tensor) -> Tensor:
+    """Where programs leave their sums for dw, one row each; four tiles per program keep it small beside x. A single
+    row is ``out`` itself, and nothing is left to add."""
     programs = min(cdiv(rows, 4 * ROWS), programs_per_sm * sms(x.device))
+    if programs == 1:
+        return out.view(1, -1)
     return torch.empty((programs, x.shape[-1]), dtype=torch.float32, device=x.device)
 
 
-def stages(tile_bytes: int) -> int:
-    """Tiles of the loop in flight: up to two are loaded ahead, within the shared memory of any GPU."""
+def stages(tile_bytes: int, where: torch.device | None = None) -> int:
+    """Tiles of the loop in flight: up to two are loaded ahead, within the shared memory of any GPU. ``where`` a single
+    program is to keep a multiprocessor busy: up to three, if the GPU has twice the memory."""
+    if where is not None and capability(where) in ((8, 0), (9, 0), (10, 0)):
+        return 1 + min(3, 2 * _STAGED_BYTES // tile_bytes)
     return 1 + min(2, _STAGED_BYTES // tile_bytes)
 
 
@@ -382,23 +388,22 @@ def norm_backward(
     fused, partial = needs_x and needs_w and D <= FUSED_WIDTH, None
     if fused:
         ROWS, BLOCK, warps = whole_rows(D)
-        warps = max(8, warps)
-        partial = partial_rows(x, rows, ROWS, programs_per_sm=16 // warps)
+        partial = partial_rows(x, rows, ROWS, programs_per_sm=1, out=dw)
         launch(
             _backward, (partial.shape[0],), x, w, rstd, dy, dh, dx, partial,
             rows, D, inner, *x_rows, *dy_rows, *dh_rows, offset=offset, ROWS=ROWS, BLOCK=BLOCK,
-            STAGES=stages(ROWS * BLOCK * sum(t.element_size() for t in (x, dy, *extra))),
-            num_warps=warps, enable_fp_fusion=True,
+            STAGES=stages(ROWS * BLOCK * sum(t.element_size() for t in (x, dy, *extra)), x.device),
+            num_warps=max(8, warps), enable_fp_fusion=True,
         )  # fmt: skip
     elif needs_w:
         ROWS, BLOCK = column_tile(D, narrowest=128)
         columns = cdiv(D, BLOCK)
-        partial = partial_rows(x, rows, ROWS, programs_per_sm=cdiv(8, columns))
+        partial = partial_rows(x, rows, ROWS, programs_per_sm=cdiv(8, columns), out=dw)
         launch(
             _weight_partials, (columns, partial.shape[0]), x, rstd, dy, partial,
             rows, D, inner, *x_rows, *dy_rows, ROWS=ROWS, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    if partial is not None:
+    if partial is not None and partial.shape[0] > 1:
         sum_partials(partial, dw)
     if needs_x and not fused and D <= BACKWARD_WIDTH:
         ROWS, BLOCK, warps = whole_rows(D)
