@@ -10,6 +10,7 @@ if __name__ != "unsloth_core.models":
 
 # model_type of config.json -> the family file that computes it.
 FAMILIES = {
+    "falcon": "falcon",
     "gemma": "gemma",
     "gemma2": "gemma",
     "gemma3_text": "gemma",

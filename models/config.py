@@ -85,9 +85,9 @@ class ConfigReader:
         if value is not None and value not in allowed:
             raise ValueError(f"{self._where}: field {name!r} is {value!r}, supported: {list(allowed)}")
 
-    def kv_heads(self, heads: int, default: int) -> int:
-        """``num_key_value_heads``, each shared by equally many of ``heads``."""
-        kv_heads = self.size("num_key_value_heads", default)
+    def kv_heads(self, heads: int, default: int, *, name: str = "num_key_value_heads") -> int:
+        """How many key/value heads there are, each shared by equally many of ``heads``."""
+        kv_heads = self.size(name, default)
         if heads % kv_heads:
             raise ValueError(f"{self._where}: {heads} heads cannot share {kv_heads} key/value heads")
         return kv_heads

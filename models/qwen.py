@@ -72,6 +72,8 @@ class Config:
         experts, dense, step = None, list(range(layers)), 1
         if moe:
             experts = read.experts(128, top_k=8)
+            for name, value in (("shared_expert_intermediate_size", 0), ("use_qk_norm", True), ("qkv_bias", False)):
+                read.expect(name, value)  # written by the publisher's own code
             dense, step = read.layers_among("mlp_only_layers", layers), read.size("decoder_sparse_step", 1)
         for i in range(layers):
             sparse = i not in dense and (i + 1) % step == 0

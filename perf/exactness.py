@@ -13,6 +13,7 @@ further from its fp32 losses than its own bf16 losses are (or than its two atten
 are equal."""
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -70,7 +71,7 @@ def our_gradients(
     """(loss, gradients by path and a or b)."""
     batch = data.from_tokens(ids_BT, vocab_size=model.config.vocab_size).to(params.embed.device)
     schedule = train_step.schedule_of(policy)
-    with backend.using(using):
+    with backend.using(using) if using else contextlib.nullcontext():
         (loss, _), grads = value_and_grad(
             lambda a: model.loss(lora.adapt(params, a), batch, policy=schedule), has_aux=True
         )(adapters)

@@ -124,6 +124,23 @@ def qwen3(d, layers, heads, ffn, **more):
     )
 
 
+def mixtral(d, layers, heads, ffn, vocab, context, **more):
+    return of(
+        "mixtral", "Mixtral", d, layers, heads, 8, ffn, vocab, context, 1e-5, rope_theta=1000000.0, sliding_window=None,
+        num_experts_per_tok=2, num_local_experts=8, output_router_logits=False, **more,
+    )
+
+
+def qwen3_moe(d, layers, heads, ffn, expert_ffn, context=40960, **more):
+    raw = qwen3(d, layers, heads, ffn, decoder_sparse_step=1, mlp_only_layers=[])
+    return {
+        **raw, "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_key_value_heads": 4,
+        "max_position_embeddings": context, "moe_intermediate_size": expert_ffn, "norm_topk_prob": True,
+        "num_experts": 128, "num_experts_per_tok": 8, "output_router_logits": False, "router_aux_loss_coef": 0.001,
+        **more,
+    }  # fmt: skip
+
+
 def phi(d, layers, heads, kv_heads, ffn, vocab, context, **more):
     # What the publisher's own code reads, at the values that change nothing.
     extra = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attention_bias": False, "auto_map": {"AutoConfig": "x.Y"}}
@@ -137,6 +154,17 @@ def longrope(pairs):
 
 def without(raw, *names):
     return {name: value for name, value in raw.items() if name not in names}
+
+
+def falcon(d, layers, heads, **more):
+    return {
+        "architectures": ["FalconForCausalLM"], "model_type": "falcon", "hidden_size": d, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "alibi": False, "apply_residual_connection_post_layernorm": False, "bias": False,
+        "attention_dropout": 0.0, "hidden_dropout": 0.0, "bos_token_id": 11, "eos_token_id": 11, "use_cache": True,
+        "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "multi_query": True, "new_decoder_architecture": False,
+        "parallel_attn": True, "torch_dtype": "bfloat16", "vocab_size": 65024, "auto_map": {"AutoConfig": "x.Y"},
+        "transformers_version": "4.27.4", **more,
+    }  # fmt: skip
 
 
 def gemma(d, layers, heads, kv_heads, ffn):
@@ -201,12 +229,29 @@ PUBLISHED |= {
         qwen2(1536, 28, 12, 2, 8960, 151936, 131072, rope_theta=10000, use_mrope=False, max_window_layers=21), 1.777e9,
     ),
     "DeepSeek-R1-Distill-Qwen-7B": (qwen2(3584, 28, 28, 4, 18944, context=131072, rope_theta=10000), 7.616e9),
+    "DeepSeek-R1-Distill-Qwen-14B": (qwen2(5120, 48, 40, 8, 13824, context=131072, eps=1e-5), 14.770e9),
+    "DeepSeek-R1-Distill-Qwen-32B": (qwen2(5120, 64, 40, 8, 27648, context=131072, eps=1e-5), 32.764e9),
     "Qwen3-0.6B": (qwen3(1024, 28, 16, 3072, **TIED), 596.0e6),
     "Qwen3-1.7B": (qwen3(2048, 28, 16, 6144, **TIED), 1.721e9),
     "Qwen3-4B": (qwen3(2560, 36, 32, 9728, **TIED), 4.022e9),
     "Qwen3-8B": (qwen3(4096, 36, 32, 12288), 8.191e9),
     "Qwen3-14B": (qwen3(5120, 40, 40, 17408), 14.768e9),
     "Qwen3-32B": (qwen3(5120, 64, 64, 25600), 32.762e9),
+    "Mixtral-8x7B": (mixtral(4096, 32, 32, 14336, 32000, 32768, router_aux_loss_coef=0.02), 46.703e9),
+    "Mixtral-8x22B": (
+        mixtral(6144, 56, 48, 16384, 32000, 65536, router_aux_loss_coef=0.001, router_jitter_noise=0.0), 140.62e9,
+    ),
+    "Mixtral-8x22B-Instruct": (
+        mixtral(6144, 56, 48, 16384, 32768, 65536, router_aux_loss_coef=0.001, router_jitter_noise=0.0), 140.63e9,
+    ),
+    "Qwen3-30B-A3B": (qwen3_moe(2048, 48, 32, 6144, 768), 30.532e9),
+    "Qwen3-235B-A22B": (qwen3_moe(4096, 94, 64, 12288, 1536), 235.09e9),
+    "Qwen3-Coder-30B-A3B": (
+        qwen3_moe(
+            2048, 48, 32, 5472, 768, 262144, rope_theta=10000000, max_window_layers=28, qkv_bias=False,
+            router_aux_loss_coef=0.0, shared_expert_intermediate_size=0, use_qk_norm=True,
+        ), 30.532e9,
+    ),
     "Phi-3-mini-4k": (phi(3072, 32, 32, 32, 8192, 32064, 4096, sliding_window=2047), 3.821e9),
     "Phi-3.5-mini": (
         phi(3072, 32, 32, 32, 8192, 32064, 131072, sliding_window=262144, rope_scaling=longrope(48)), 3.821e9,
@@ -223,6 +268,14 @@ PUBLISHED |= {
             **TIED,
         ), 3.836e9,
     ),
+    "Falcon-7B": (falcon(4544, 32, 71), 6.922e9),
+    "Falcon-11B": (
+        falcon(
+            4096, 60, 32, num_kv_heads=8, new_decoder_architecture=True, num_ln_in_parallel_attn=1, rope_theta=500042.0,
+            ffn_hidden_size=16384, activation="gelu", max_position_embeddings=8192, tie_word_embeddings=False,
+        ), 11.103e9,
+    ),
+    "Falcon-40B": (falcon(8192, 60, 128, num_kv_heads=8, new_decoder_architecture=True), 41.303e9),
     "Gemma-2B": (gemma(2048, 18, 8, 1, 16384), 2.506e9),
     "Gemma-7B": (gemma(3072, 28, 16, 16, 24576), 8.538e9),
     "Gemma-2-2B": (gemma2(2304, 26, 8, 4, 9216), 2.614e9),
@@ -306,14 +359,21 @@ def test_fields_arrive_where_they_belong():
 
 SAME = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size
 max_position_embeddings rms_norm_eps tie_word_embeddings""".split()
+FALCON_NAMES = {
+    "intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads", "rms_norm_eps": "layer_norm_epsilon",
+}  # fmt: skip
 
 
 def assert_as_transformers_reads_it(raw):
     """Sizes, windows, bases, scales and caps are those of transformers' own config class."""
     theirs = transformers.AutoConfig.for_model(**copy.deepcopy(raw))  # it writes into the dict of rope
     ours = parsed(raw)
+    falcon = raw["model_type"] == "falcon"
+    if falcon and theirs.multi_query and not theirs.new_decoder_architecture:
+        theirs.num_kv_heads = 1  # what the model says to itself
     for name in SAME:
-        assert getattr(ours, name) == getattr(theirs, name), name
+        other = FALCON_NAMES.get(name, name) if falcon else name
+        assert getattr(ours, "layer_norm_epsilon" if other == "layer_norm_epsilon" else name) == getattr(theirs, other)
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert ours.head_dim == head_dim
     layers = range(ours.num_hidden_layers)
@@ -327,6 +387,10 @@ def assert_as_transformers_reads_it(raw):
         assert spec.rope.channels == int(head_dim * rope.get("partial_rotary_factor", 1.0))
         assert spec.scale == getattr(theirs, "query_pre_attn_scalar", head_dim) ** -0.5
         assert spec.softcap == getattr(theirs, "attn_logit_softcapping", None)
+    if experts := getattr(ours, "experts", None):
+        assert (experts.count, experts.top_k) == (theirs.num_local_experts, theirs.num_experts_per_tok)
+        assert experts.renormalise == getattr(theirs, "norm_topk_prob", True)
+        assert experts.balance_coefficient == theirs.router_aux_loss_coef * theirs.output_router_logits
     assert ours.logit_softcap == getattr(theirs, "final_logit_softcapping", None)
 
 
@@ -347,6 +411,9 @@ def test_null_is_absent_but_for_windows_and_caps():
     common = ["head_dim", "hidden_act", "rope_scaling", "attention_dropout", *SAME]
     for model_type in FAMILIES:
         nulls = dict.fromkeys(common)
+        if model_type == "falcon":
+            names = {FALCON_NAMES.get(name, name) for name in SAME}
+            nulls = dict.fromkeys(names | {"rope_scaling", "attention_dropout", "activation"})
         assert parsed({"model_type": model_type, **nulls}) == parsed({"model_type": model_type}), model_type
     assert set(parsed({"model_type": "mistral"}).windows) == {4096}
     assert set(parsed({"model_type": "mistral", "sliding_window": None}).windows) == {None}
@@ -407,6 +474,23 @@ REFUSED_BY_OTHERS = [
     ("Qwen2.5-7B", {"attention_bias": True}, "fields that no one handles: attention_bias"),
     ("Qwen3-8B", {"attention_bias": True}, r"field 'attention_bias' is True, supported: \[False\]"),
     ("Qwen3-8B", {"num_experts": 128}, "fields that no one handles: num_experts"),
+    ("Mixtral-8x7B", {"router_jitter_noise": 0.1}, "field 'router_jitter_noise' is 0.1"),
+    ("Mixtral-8x7B", {"num_experts_per_tok": 9}, "9 experts per token of 8"),
+    ("Mixtral-8x7B", {"num_local_experts": 0}, "field 'num_local_experts' is 0, expected a positive integer"),
+    ("Mixtral-8x7B", {"num_experts": 8}, "fields that no one handles: num_experts"),
+    ("Mixtral-8x7B", {"norm_topk_prob": True}, "fields that no one handles: norm_topk_prob"),
+    ("Mistral-7B-v0.3", {"num_local_experts": 8}, "fields that no one handles: num_local_experts"),
+    ("Qwen3-30B-A3B", {"mlp_only_layers": [48]}, r"field 'mlp_only_layers' is \[48\], expected indices of 48 layers"),
+    ("Qwen3-30B-A3B", {"decoder_sparse_step": 0}, "field 'decoder_sparse_step' is 0, expected a positive integer"),
+    ("Qwen3-30B-A3B", {"shared_expert_intermediate_size": 4}, "field 'shared_expert_intermediate_size' is 4"),
+    ("Qwen3-30B-A3B", {"router_aux_loss_coef": -1}, "field 'router_aux_loss_coef' is -1, expected a number above zero"),
+    ("Falcon-7B", {"alibi": True}, r"field 'alibi' is True, supported: \[False\]"),
+    ("Falcon-7B", {"bias": True}, r"field 'bias' is True, supported: \[False\]"),
+    ("Falcon-7B", {"parallel_attn": False}, r"field 'parallel_attn' is False, supported: \[True\]"),
+    ("Falcon-7B", {"num_ln_in_parallel_attn": 2}, r"field 'num_ln_in_parallel_attn' is 2, supported: \[1\]"),
+    ("Falcon-7B", {"model_type": "RefinedWebModel"}, "model_type 'RefinedWebModel', supported: .*'falcon'"),
+    ("Falcon-40B", {"num_kv_heads": 7}, "128 heads cannot share 7 key/value heads"),
+    ("Falcon-40B", {"activation": "relu"}, r"field 'activation' is 'relu', supported: \['gelu'\]"),
     ("Phi-4-mini", {"resid_pdrop": 0.1}, "field 'resid_pdrop' is 0.1"),
     ("Phi-4-mini", {"lm_head_bias": True}, "field 'lm_head_bias' is True"),
     ("Phi-4-mini", {"full_attn_mod": 2}, "field 'full_attn_mod' is 2"),

@@ -78,6 +78,10 @@ VERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "mixtral", {**MIXTRAL, "num_local_experts": 5, "num_experts_per_tok": 3, "output_router_logits": True,
                     "router_aux_loss_coef": 0.5, "sliding_window": 5},
     ),
+    "falcon-7b": ("falcon", {"ffn_hidden_size": 100}),
+    "falcon-11b": ("falcon", {"num_ln_in_parallel_attn": 1, "tie_word_embeddings": False, "num_kv_heads": 2,
+                              "new_decoder_architecture": True, "ffn_hidden_size": 80}),
+    "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "qwen1.5": ("qwen2", {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2.5": ("qwen2", {"tie_word_embeddings": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
@@ -141,9 +145,13 @@ class Checkpoint:
         return self.tensors[name]
 
 
+OTHER_NAMES = {"falcon": ("intermediate_size", "num_key_value_heads")}  # which of BASE's it does not know
+
+
 def judge(model_type: str, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
     """A transformers model with random weights (norms and biases too), float32 on the test device."""
-    config = transformers.AutoConfig.for_model(model_type, **{**BASE, **overrides})
+    base = {k: v for k, v in BASE.items() if k not in OTHER_NAMES.get(model_type, ())}
+    config = transformers.AutoConfig.for_model(model_type, **{**base, **overrides})
     torch.manual_seed(seed)
     hf = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     if model_type in EXPERT_NAMES:  # the others multiply by all experts at once, and not in float64

@@ -167,6 +167,23 @@ def test_experts_of_any_shape(shapes, experts, width, layers, normalised, balanc
 @settings(max_examples=10)
 @given(
     shapes=SHAPES,
+    ffn=st.sampled_from([1, 30, 130]),
+    norms=st.sampled_from([1, 2]),
+    kind=st.sampled_from(["one key", "a key for each", "grouped"]),
+)
+def test_falcon_of_any_shape(shapes, ffn, norms, kind):
+    heads, kv_heads = shapes["num_attention_heads"], shapes["num_key_value_heads"]
+    width = heads * 4 * shapes["head_dim"]  # a LayerNorm over four channels leaves two of them to chance
+    more = {"ffn_hidden_size": ffn, "hidden_size": width, "num_attention_heads": heads}
+    more |= {name: shapes[name] for name in ("tie_word_embeddings", "vocab_size")}
+    if kind == "grouped":
+        more |= {"new_decoder_architecture": True, "num_ln_in_parallel_attn": norms, "num_kv_heads": kv_heads}
+    assert_conforms(judge("falcon", multi_query=kind == "one key", **more), "reference")
+
+
+@settings(max_examples=10)
+@given(
+    shapes=SHAPES,
     window=st.sampled_from([None, 1, 3, 60]),
     partial=st.sampled_from([0.5, 0.75, 1.0]),
     original=st.sampled_from([None, 8, 32]),

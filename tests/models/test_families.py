@@ -26,7 +26,7 @@ from unsloth_core.ops import nf4
 from unsloth_core.weights import declared_leaves
 
 SOME = ("mistral-7b-v0.1", "mistral-nemo", "ministral", "qwen2.5", "qwen3", "phi-3-mini-4k", "phi-4-mini")
-SOME += ("gemma-2b", "gemma2", "gemma3", "mixtral-8x7b", "qwen3-moe-mixed")
+SOME += ("gemma-2b", "gemma2", "gemma3", "falcon-7b", "falcon-40b", "mixtral-8x7b", "qwen3-moe-mixed")
 each = pytest.mark.parametrize("version", SOME)
 
 
@@ -79,7 +79,7 @@ def test_a_folder_that_transformers_wrote(version, tmp_path):
             together = [torch.cat(parts)] if d.experts else parts  # all experts are one NF4 node
             parts = torch.cat([nf4.dequantize(nf4.quantize(t)) for t in together]).split(d.rows)
         assert all(torch.equal(decoded[name], part) for name, part in zip(d.names, parts)), d.path
-    assert linears == {name for name in stored if re.search(r"(_proj|\.w[123])\.weight", name)}
+    assert linears == {name for name in stored if re.search(r"(_proj|\.w[123]|query_key_value|dense\w*)\.weight", name)}
     assert model.logits(params, tokens()).isfinite().all()
 
 
@@ -135,7 +135,8 @@ def test_peft_reads_our_adapters_and_we_read_its(version, tmp_path):
     fused = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
     split = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     mixtral = {"q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"}
-    assert names == {"phi": fused, "mix": mixtral}.get(version[:3], split)
+    falcon = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    assert names == {"phi": fused, "mix": mixtral, "fal": falcon}.get(version[:3], split)
     assert {p.rpartition(".")[2] for p in lora.init(random.key(0), params, targets="attention")} == {
         name for name in names if name in lora.ATTENTION
     }
