@@ -5,6 +5,8 @@ which is also the oracle; where PyTorch has a call of its own for the op, that i
 
 import functools
 import importlib
+import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.optim.adamw import adamw as torch_adamw
 
+from perf.peers import Peer
 from unsloth_core import backend, optim, random, tree
 from unsloth_core import ops as uc
 from unsloth_core.cost import Cost
@@ -75,7 +79,7 @@ class Case:
 
 def cases(device: torch.device) -> list[Case]:
     """Every op, in the order of a forward pass."""
-    return [*_memory_bound(), *_losses(), *_products(), _attention(device), _adamw(), _adamw("8bit")]
+    return [*_memory_bound(), *_losses(), *_products(), *_experts(), *_attention(device), _adamw(), _adamw("8bit")]
 
 
 def _cost(op: str) -> Callable[..., Cost]:
@@ -378,10 +382,152 @@ def _lora(random: Random, M: int, C: int) -> LoRA:
     return LoRA(a=a, b=random.normal(M, RANK, scale=0.1, dtype=torch.float32), scale=1.0)
 
 
-def _attention(device: torch.device) -> Case:
-    attention = _cost("attention")
+def _experts() -> Iterator[Case]:
+    """A mixture of experts, in the shapes of Mixtral 8x7B (2 of 8 experts) and Qwen3-30B-A3B (8 of 128)."""
+    route, grouped = map(_cost, ("route", "grouped_linear"))
 
-    def make(r: Random, B: int, T: int, H: int, G: int, K: int) -> tuple[Any, ...]:
+    def routed(by: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def chosen(logits: Tensor) -> tuple[Tensor, Tensor]:
+            out = by(logits, top_k=_slots(logits.shape[1]))
+            return out[0], out[5]  # what has a gradient
+
+        return chosen
+
+    yield Case(
+        op="route",  # tokens, experts
+        shapes=((8192, 8), (32768, 128)),
+        small=(512, 128),
+        tiny=(8, 4),
+        make=lambda r, N, E: (r.normal(N, E),),
+        wanted=lambda logits: [logits],
+        ours=routed(uc.route),
+        peers={"torch": routed(backend.reference("route")), "topk": _top_k_and_sorts},
+        costs=lambda args, N, E: {
+            "fwd": route(N, E, 2, top_k=_slots(E)),
+            "bwd": route(N, E, 2, top_k=_slots(E), backward=True),
+        },
+    )
+
+    def plan(r: Random, N: int, E: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        gates, _, *in_order, _, _ = uc.route(r.normal(N, E), top_k=_slots(E))
+        return gates, tuple(in_order)
+
+    def weight(r: Random, E: int, M: int, C: int) -> Tensor:
+        return r.matrix(E * M, C).view(E, M, C)
+
+    def make_gather(r: Random, N: int, E: int, M: int, C: int) -> tuple[Any, ...]:
+        return r.normal(N, C), weight(r, E, M, C), plan(r, N, E)[1]
+
+    def make_combine(r: Random, N: int, E: int, M: int, C: int) -> tuple[Any, ...]:
+        gates, in_order = plan(r, N, E)
+        return r.normal(N * _slots(E), C), weight(r, E, M, C), in_order, gates, r.normal(N, M)
+
+    def make_layer(r: Random, N: int, E: int, D: int, F: int) -> tuple[Any, ...]:
+        gates, in_order = plan(r, N, E)
+        return r.normal(N, D), weight(r, E, 2 * F, D), weight(r, E, D, F), in_order, gates
+
+    def layer(x: Tensor, gate_up: Tensor, down: Tensor, plan: Any, gates: Tensor) -> Tensor:
+        return uc.grouped_linear(uc.glu(uc.grouped_linear(x, gate_up, plan)), down, plan, gates, x)
+
+    def one(args: Any, N: int, E: int, M: int, C: int) -> dict[str, Cost]:
+        return dict.fromkeys(("fwd", "bwd"), grouped(N * _slots(E), args[1]))
+
+    def both(args: Any, N: int, E: int, D: int, F: int) -> dict[str, Cost]:
+        work = grouped(N * _slots(E), args[1]) + grouped(N * _slots(E), args[2])
+        return {"fwd": work, "bwd": work}
+
+    yield Case(
+        op="grouped_linear",  # gathering: tokens, experts, M, C; frozen experts
+        shapes=((8192, 8, 28672, 4096), (32768, 128, 1536, 2048)),
+        small=(1024, 8, 1536, 512),
+        tiny=(8, 4, 16, 16),
+        make=make_gather,
+        wanted=lambda x, w, plan: [x],
+        ours=uc.grouped_linear,
+        peers={"torch": _expert_by_expert, "_grouped_mm": _grouped_mm},
+        costs=one,
+        compiles=False,
+    )
+    yield Case(
+        op="grouped_linear_combine",  # tokens, experts, M, C; frozen experts, a trained router
+        shapes=((8192, 8, 4096, 14336), (32768, 128, 2048, 768)),
+        small=(1024, 8, 1536, 512),
+        tiny=(8, 4, 16, 16),
+        make=make_combine,
+        wanted=lambda x, w, plan, gates, add: [x, gates],
+        ours=uc.grouped_linear,
+        peers={"torch": _expert_by_expert, "_grouped_mm": _grouped_mm},
+        costs=one,
+        compiles=False,
+    )
+    yield Case(
+        op="grouped_linear_layer",  # gate and up, SwiGLU, down, residual: tokens, experts, width, ffn
+        shapes=((8192, 8, 4096, 14336), (32768, 128, 2048, 768)),
+        small=(1024, 8, 512, 768),
+        tiny=(8, 4, 16, 16),
+        make=make_layer,
+        wanted=lambda x, gate_up, down, plan, gates: [x, gates],
+        ours=layer,
+        peers={"torch": _layer_by(_expert_by_expert), "_grouped_mm": _layer_by(_grouped_mm)},
+        costs=both,
+        compiles=False,
+    )
+
+
+def _slots(experts: int) -> int:
+    """Experts of each token in the models that have so many."""
+    return 2 if experts <= 8 else 8
+
+
+def _top_k_and_sorts(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Gates and sorted order as PyTorch's users make them; the order is dropped, the sums over tokens are kept."""
+    probs = torch.softmax(logits, -1, dtype=torch.float32)
+    gates, experts = probs.topk(_slots(logits.shape[1]), -1)
+    order = experts.flatten().argsort(stable=True)
+    order.argsort()
+    F.one_hot(experts.flatten(), logits.shape[1]).sum(0).cumsum(0)
+    return gates / gates.sum(-1, keepdim=True), probs.sum(0)
+
+
+def _expert_by_expert(x: Tensor, w: Tensor, plan: Any, gates: Any = None, add: Any = None) -> Tensor:
+    """The loop of transformers, whose bounds the host reads."""
+    order, positions, offsets = plan
+    if gates is None:
+        x = x[order.long() // positions.shape[1]]
+    bounds = offsets.tolist()
+    y = torch.cat([x[low:high] @ w[e].T for e, (low, high) in enumerate(itertools.pairwise(bounds))])
+    return y if gates is None else _weighted(y, plan, gates, add)
+
+
+def _grouped_mm(x: Tensor, w: Tensor, plan: Any, gates: Any = None, add: Any = None) -> Tensor:
+    """PyTorch's grouped product, composed by hand."""
+    order, positions, offsets = plan
+    if gates is None:
+        x = x[order.long() // positions.shape[1]]
+    y = torch._grouped_mm(x, w.transpose(1, 2), offs=offsets[1:])
+    return y if gates is None else _weighted(y, plan, gates, add)
+
+
+def _weighted(y: Tensor, plan: Any, gates: Tensor, add: Any) -> Tensor:
+    order, positions, _ = plan
+    gate = gates.flatten()[order.long()].unsqueeze(1).to(y.dtype)
+    return add.index_add(0, order.long() // positions.shape[1], y * gate)
+
+
+def _layer_by(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def layer(x: Tensor, gate_up: Tensor, down: Tensor, plan: Any, gates: Tensor) -> Tensor:
+        gate, up = product(x, gate_up, plan).chunk(2, -1)
+        return product(F.silu(gate) * up, down, plan, gates, x)
+
+    return layer
+
+
+def _attention(device: torch.device) -> Iterator[Case]:
+    attention, block = _cost("attention"), _cost("attention_block")
+    decode = importlib.import_module("unsloth_core.ops.attention_decode")
+    on_gpu = device.type == "cuda"
+
+    def batch(r: Random, B: int, T: int, H: int, G: int, K: int) -> tuple[Any, ...]:
         segments = Segments.uniform(B, T, r.generator.device)
         return r.normal(B * T, H, K), r.normal(B * T, G, K), r.normal(B * T, G, K), segments, segments
 
@@ -390,30 +536,153 @@ def _attention(device: torch.device) -> Case:
         out = F.scaled_dot_product_attention(*batched, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
 
-    def by(kernel: SDPBackend) -> Callable[..., Tensor]:
+    def by(kernel: SDPBackend, call: Callable[..., Tensor] = sdpa) -> Callable[..., Tensor]:
         def chosen(*args: Any) -> Tensor:
             with sdpa_kernel(kernel):
-                return sdpa(*args)
+                return call(*args)
 
         return chosen
 
-    peers = {"torch": backend.reference("attention"), "sdpa": sdpa}
-    if device.type == "cuda":
-        peers |= {"sdpa flash": by(SDPBackend.FLASH_ATTENTION), "sdpa cudnn": by(SDPBackend.CUDNN_ATTENTION)}
-    return Case(
-        op="attention",  # causal: batch, length, query heads, key heads, head size
-        shapes=((1, 8192, 32, 8, 128), (2, 2048, 32, 8, 128)),
-        small=(2, 512, 32, 8, 128),
-        tiny=(2, 8, 2, 1, 16),
-        make=make,
+    def both(call: Callable[..., Tensor] = sdpa) -> dict[str, Callable[..., Tensor]]:
+        flash, cudnn = by(SDPBackend.FLASH_ATTENTION, call), by(SDPBackend.CUDNN_ATTENTION, call)
+        return {"sdpa": call, **({"sdpa flash": flash, "sdpa cudnn": cudnn} if on_gpu else {})}
+
+    heads: dict[str, tuple[tuple[Shape, ...], Shape]] = {  # causal: batch, length, query heads, key heads, head size
+        "attention": (
+            ((1, 8192, 32, 8, 128), (2, 2048, 32, 8, 128), (1, 16384, 32, 8, 128), (1, 32768, 32, 8, 128)),
+            (2, 512, 32, 8, 128),
+        ),
+        "attention_head_64": (((1, 8192, 32, 8, 64),), (2, 512, 32, 8, 64)),
+        "attention_head_96": (((1, 4096, 32, 32, 96),), (2, 512, 32, 32, 96)),
+        "attention_head_256": (((1, 8192, 16, 8, 256),), (2, 512, 16, 8, 256)),
+    }
+    for name, (shapes, small) in heads.items():
+        yield Case(
+            op=name,
+            shapes=shapes,
+            small=small,
+            tiny=(2, 8, 2, 1, 16),
+            make=batch,
+            wanted=lambda q, k, v, *segments: [q, k, v],
+            ours=uc.attention,
+            peers={"torch": backend.reference("attention"), **both()},
+            costs=lambda args, B, T, H, G, K: {
+                "fwd": attention([(T, T)] * B, H, G, K, 2),
+                "bwd": attention([(T, T)] * B, H, G, K, 2, backward=True),
+            },
+        )
+
+    def packed(r: Random, S: int, N: int, H: int, G: int, K: int) -> tuple[Any, ...]:
+        ends = torch.tensor([0, *itertools.accumulate(mixed(S, N))], dtype=torch.int32, device=r.generator.device)
+        segments = Segments.packed(ends, max_len=max(mixed(S, N)))
+        return r.normal(N, H, K), r.normal(N, G, K), r.normal(N, G, K), segments, segments
+
+    def mixed(S: int, N: int) -> list[int]:
+        """S lengths from 1 to 2S - 1 parts of N, as a loader finds them: in no order."""
+        parts = [(7 * s % S) * 2 + 1 for s in range(S)]
+        lengths = [N * part // sum(parts) for part in parts]
+        return [*lengths[:-1], N - sum(lengths[:-1])]
+
+    def by_lengths(q: Tensor, k: Tensor, v: Tensor, segments: Segments, _: Segments) -> Tensor:
+        cu = torch.cat([segments.starts_S[:1], segments.ends_S])
+        options = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {}
+        return varlen.varlen_attn(q, k, v, cu, cu, segments.max_len, segments.max_len, window_size=(-1, 0), **options)  # type: ignore[return-value]
+
+    def flex(window: int | None) -> Peer:
+        def prepare(q: Tensor, k: Tensor, v: Tensor, segments: Segments, _: Segments) -> tuple[Any, ...]:
+            number = torch.searchsorted(segments.ends_S, torch.arange(len(q), device=q.device), right=True)
+
+            def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                near = i - j < (2**30 if window is None else window)
+                return (number[i] == number[j]) & (i >= j) & near
+
+            return q, k, v, create_block_mask(visible, None, None, len(q), len(k), device=q.device)
+
+        def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+            batched = [t.transpose(0, 1)[None] for t in (q, k, v)]
+            return _flex()(*batched, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+        return Peer(call, prepare)
+
+    yield Case(
+        op="attention_packed",  # segments, their tokens together, query heads, key heads, head size
+        shapes=((16, 16384, 32, 8, 128),),
+        small=(4, 1024, 32, 8, 128),
+        tiny=(3, 16, 2, 1, 16),
+        make=packed,
         wanted=lambda q, k, v, *segments: [q, k, v],
         ours=uc.attention,
-        peers=peers,
-        costs=lambda args, B, T, H, G, K: {
-            "fwd": attention([(T, T)] * B, H, G, K, 2),
-            "bwd": attention([(T, T)] * B, H, G, K, 2, backward=True),
+        peers={
+            "torch": backend.reference("attention"),
+            **({"varlen": by_lengths, "flex": flex(None)} if on_gpu else {}),
+        },
+        costs=lambda args, S, N, H, G, K: {
+            "fwd": attention([(n, n) for n in mixed(S, N)], H, G, K, 2),
+            "bwd": attention([(n, n) for n in mixed(S, N)], H, G, K, 2, backward=True),
         },
     )
+    window = 4096
+    yield Case(
+        op="attention_window",  # batch, length, query heads, key heads, head size
+        shapes=((1, 32768, 32, 8, 128),),
+        small=(1, 6144, 4, 1, 128),
+        tiny=(2, 8, 2, 1, 16),
+        make=batch,
+        wanted=lambda q, k, v, *segments: [q, k, v],
+        ours=functools.partial(uc.attention, window=window),
+        peers={
+            "torch": functools.partial(backend.reference("attention"), window=window),
+            **({"flex": flex(window)} if on_gpu else {}),
+        },
+        costs=lambda args, B, T, H, G, K: {
+            "fwd": attention([(T, T)] * B, H, G, K, 2, window=window),
+            "bwd": attention([(T, T)] * B, H, G, K, 2, window=window, backward=True),
+        },
+    )
+
+    def chunk(r: Random, C: int, N: int, H: int, G: int, K: int) -> tuple[Any, ...]:
+        segments = Segments.uniform(1, N, r.generator.device)
+        return r.normal(C, H, K), r.normal(N, G, K), r.normal(N, G, K), segments
+
+    yield Case(
+        op="attention_block",  # rows of the last chunk, of all, query heads, key heads, head size
+        shapes=((4096, 32768, 32, 8, 128),),
+        small=(256, 1024, 32, 8, 128),
+        tiny=(4, 16, 2, 1, 16),
+        make=chunk,
+        wanted=lambda q, k, v, segments: [q, k, v],
+        ours=uc.attention_block,
+        peers={"torch": backend.reference("attention_block")},
+        costs=lambda args, C, N, H, G, K: {
+            "fwd": block([(C, N)], H, G, K, 2),
+            "bwd": block([(C, N)], H, G, K, 2, backward=True),
+        },
+    )
+
+    def cache(r: Random, B: int, T: int, H: int, G: int, K: int) -> tuple[Any, ...]:
+        one, whole = (Segments.uniform(B, n, r.generator.device) for n in (1, T))
+        return r.normal(B, H, K), r.normal(B * T, G, K), r.normal(B * T, G, K), one, whole
+
+    def one_query(q: Tensor, k: Tensor, v: Tensor, _: Segments, segments: Segments) -> Tensor:
+        batched = [t.unflatten(0, (len(q), -1)).transpose(1, 2) for t in (k, v)]
+        return F.scaled_dot_product_attention(q[:, :, None], *batched, enable_gqa=True)[:, :, 0]
+
+    yield Case(
+        op="attention_decode",  # sequences with one query each, keys of each, query heads, key heads, head size
+        shapes=((1, 32768, 32, 8, 128), (32, 4096, 32, 8, 128)),
+        small=(2, 1024, 32, 8, 128),
+        tiny=(2, 16, 2, 1, 16),
+        make=cache,
+        ours=decode.attention_decode,
+        peers={"torch": backend.reference("attention_decode"), **both(one_query)},
+        costs=lambda args, B, T, H, G, K: {"fwd": decode.cost(B, 1, T, H, G, K, 2)},
+        compiles=False,
+    )
+
+
+@functools.cache
+def _flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def _adamw(states: str = "fp32") -> Case:

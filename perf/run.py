@@ -282,7 +282,7 @@ class Bench:
                     "host_us": _round(host[impl, direction]),
                     "ratio_to_best_peer": None if math.isnan(best) else _round(best / ms),
                 }
-                if case.op == "attention":  # its two yardsticks, whichever is faster
+                if case.op.startswith("attention"):  # its two yardsticks, whichever is faster
                     row |= {key: _round(times[peer] / ms) if peer in times else None for key, peer in RATIOS.items()}
                 self.emit({**row, **self.facts})
 

@@ -35,8 +35,9 @@ def measured(machine, case, libraries=None):
 
 def test_every_op_is_measured():
     variants = {"softmax_wide", "cross_entropy_loss_and_grad", "linear_cross_entropy_low_memory"}
-    variants |= {"linear_lora", "linear_nf4", "nf4_dequantize"}
+    variants |= {"linear_lora", "linear_nf4", "nf4_dequantize", "grouped_linear_combine", "grouped_linear_layer"}
     variants |= {"nf4_quantize", "nf4_matvec", "adamw", "adamw_8bit"}
+    variants |= {f"attention_{what}" for what in ("head_64", "head_96", "head_256", "packed", "window", "decode")}
     assert set(uc.__all__) | variants == CASES.keys()
 
 
@@ -47,7 +48,7 @@ def test_entry(machine, op):
     assert {"ours", "torch"} <= {row["impl"] for row in rows}
     assert {row["direction"] for row in rows} in ({"fwd"}, {"fwd", "bwd"}, {"fwd+bwd"})
     for row in rows:
-        assert row.keys() == KEYS | (set(run.RATIOS) if op == "attention" else set())
+        assert row.keys() == KEYS | (set(run.RATIOS) if op.startswith("attention") else set())
         assert json.loads(json.dumps(row)) == row
         assert row["op"] == op and row["shape"] == list(CASES[op].tiny)
         assert row["ms"] > 0 and row["gbps"] > 0 and row["tflops"] > 0

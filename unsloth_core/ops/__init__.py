@@ -5,6 +5,7 @@ backward and the cost of one op, top to bottom."""
 
 from .add_rms_norm import add_rms_norm
 from .attention import attention
+from .attention_block import attention_block
 from .cross_entropy import cross_entropy
 from .dropout import dropout
 from .embedding import embedding
@@ -24,6 +25,7 @@ from .softmax import softmax
 __all__ = [
     "add_rms_norm",
     "attention",
+    "attention_block",
     "cross_entropy",
     "dropout",
     "embedding",

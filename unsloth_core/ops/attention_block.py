@@ -11,8 +11,9 @@ keys are complete once it has been done:
         ...                                                    # rows [start, start + C) of dk and dv are final
 
 Residuals: q, k, v, segments and sinks (arguments), o (an output), lse (an output if asked for, else 4·C·H new bytes).
-Kernels, dtypes and limits are those of ``attention``. The sums are fp32; a chunk reads and writes those of the keys
-that it sees (16·K bytes per key and head), in the order of the calls and without atomics: the same bits in every run.
+Kernels and dtypes are those of ``attention``, and so are Bytes and Limits; the sums are fp32, and a chunk reads and
+writes those of the keys that it sees (16·K bytes per key and head), in the order of the calls and without atomics: the
+same bits in every run.
 Source of the idea: only attention mixes tokens, so layers run in chunks (DESIGN, section 7).
 """
 
@@ -38,19 +39,19 @@ def attention_block_fwd(
     sinks_H: Tensor | Any = ABSENT,
     *,
     needs: Tree,
-    start: int,
+    start: int | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
 ) -> tuple[Any, Tree]:
-    """Rows [start, start + C) of causal attention over ``segments`` of N rows.
+    """Rows [start, start + C) of causal attention over ``segments`` of N rows; default: the last C of them.
 
     ``q_CHK`` (C, H, K): the queries of these rows. ``k_NGK``, ``v_NGK`` (N, G, K): of all rows; those behind the chunk
     may hold anything. The other options, what is returned and what is raised are as for ``attention``; ValueError too
     for a chunk that is not within the N rows.
     """
-    end = _end(q_CHK, k_NGK, start)
+    start, end = _rows(q_CHK, k_NGK, start)
     q_segments, kv_segments = _cut(segments, start, end)
     statics = {"scale": scale, "window": window, "softcap": softcap, "return_lse": return_lse}
     out, (*_, o, lse, _, _, _) = attention_fwd(
@@ -65,7 +66,7 @@ def attention_block_bwd(
     dy: Tensor | tuple[Tensor, Tensor],
     *,
     needs: Tree,
-    start: int,
+    start: int | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -118,12 +119,12 @@ def _backward(
     dv: Tensor | Any,
     *,
     needs: Tree,
-    start: int,
+    start: int | None = None,
     **statics: Any,
 ) -> tuple[Any, ...]:
     """Into ``dk`` and ``dv``, whose rows up to the end of the chunk are added to."""
     q, k, v, o, lse, segments, sinks = residuals
-    end = start + q.shape[0]
+    start, end = _rows(q, k, start)
     q_segments, kv_segments = _cut(segments, start, end)
     dq, _, _, _, _, dsinks = attention_bwd(
         (q, k[:end], v[:end], o, lse, q_segments, kv_segments, sinks), dy,
@@ -141,11 +142,13 @@ def _cut(segments: Segments, start: int, end: int) -> tuple[Segments, Segments]:
     return queries, Segments(starts_S=kv_starts, ends_S=kv_ends, max_len=min(segments.max_len, end))
 
 
-def _end(q: Tensor, k: Tensor, start: int) -> int:
+def _rows(q: Tensor, k: Tensor, start: int | None) -> tuple[int, int]:
+    """The first row of the chunk, and the first behind it."""
+    start = k.shape[0] - q.shape[0] if start is None else start
     if not 0 <= start <= start + q.shape[0] <= k.shape[0]:
         rows = f"rows {start} to {start + q.shape[0]}"
         raise ValueError(f"attention_block: the chunk is {rows}, expected some of the {k.shape[0]} of k")
-    return start + q.shape[0]
+    return start, start + q.shape[0]
 
 
 def cost(

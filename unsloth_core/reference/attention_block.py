@@ -17,10 +17,11 @@ def attention_block(
     segments: Segments,
     sinks_H: Tensor | Any = ABSENT,
     *,
-    start: int,
+    start: int | None = None,
     **statics: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Rows [start, start + C) of causal attention; see :mod:`unsloth_core.ops.attention_block`."""
+    start = k_NGK.shape[0] - q_CHK.shape[0] if start is None else start
     end = start + q_CHK.shape[0]
     if not 0 <= start <= end <= k_NGK.shape[0]:
         chunk = f"rows {start} to {end}"
