@@ -45,6 +45,7 @@ KNOBS = {
     ("cross_entropy", "ONE_PASS_LANES"): ("cross_entropy",),
     ("cross_entropy", "TWO_PASS_LANES"): ("linear_cross_entropy",),
     ("nf4", "_WORDS"): ("nf4_dequantize",),
+    ("nf4_matvec", "configuration"): ("nf4_matvec",),
     ("dropout", "_BLOCK"): ("dropout",),
 }
 STEP, CHECK = 0.01, 0.03  # gains that count for a step of the search, and for --check
@@ -75,8 +76,8 @@ class Knob:
         value: Any
         if callable(self.original):
 
-            def value(*args: Any) -> Any:
-                return self._answer(args, lambda: self.original(*args))
+            def value(*args: Any, **keywords: Any) -> Any:
+                return self._answer((*args, *keywords.items()), lambda: self.original(*args, **keywords))
         elif isinstance(self.original, dict):
             knob, table = self, self.original
 
@@ -103,12 +104,10 @@ class Knob:
         """The entry as Python."""
         if entry is NUMBER:
             return f"{self.name} = {value!r}"
-        call = callable(self.original)
-        return (
-            f"{self.name}({', '.join(map(repr, entry))}) == {value!r}"
-            if call
-            else f"{self.name}[{entry!r}] = {value!r}"
-        )
+        if not callable(self.original):
+            return f"{self.name}[{entry!r}] = {value!r}"
+        given = ["=".join(map(str, part)) if isinstance(part, tuple) else repr(part) for part in entry]
+        return f"{self.name}({', '.join(given)}) == {value!r}"
 
 
 def _forget(modules: Sequence[Any]) -> None:

@@ -40,6 +40,15 @@ def test_a_knob_says_what_was_asked_and_goes_away():
     assert knob.source((40,), (1, 2)) == "tile_shape(40) == (1, 2)"
 
 
+def test_a_knob_hears_keywords():
+    rms_norm = importlib.import_module("unsloth_core.ops.rms_norm")
+    knob = tune.Knob("rms_norm", "column_tile")
+    with knob.watched():
+        today = rms_norm.column_tile(64, narrowest=32)
+    assert knob.seen == {(64, ("narrowest", 32)): today}
+    assert knob.source(*knob.seen, (1, 2)) == "column_tile(64, narrowest=32) == (1, 2)"
+
+
 def search():
     return tune.Search(run.Machine(DEVICE, smoke=True), CASES["glu"], CASES["glu"].tiny, "fwd")
 
