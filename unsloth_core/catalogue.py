@@ -28,6 +28,7 @@ SIZES: dict[str, Any] = {
     "V": 128256,
     "H": 32,
     "G": 8,
+    "E": 8,
     "K": 128,
     "J": 64,
     "itemsize": 2,

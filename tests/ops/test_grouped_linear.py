@@ -16,7 +16,7 @@ from unsloth_core.reference.nf4 import dequantize as decode
 from unsloth_core.weights import Adapted, LoRA, Stacked
 
 file = importlib.import_module("unsloth_core.ops.grouped_linear")
-FACTOR = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}  # of chains of products: see test_linear.py
+FACTOR = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}  # fp32 sums in other orders: see test_linear.py
 
 
 def plan_of(n: int, experts: int, slots: int, seed: int, favour: float = 0.0):
@@ -77,17 +77,18 @@ def eager(x, w, plan, gates=ABSENT, add=ABSENT):
     m=st.sampled_from([1, 7, 33]),
     c=st.sampled_from([1, 16, 35]),
     dtype=st.sampled_from(DTYPES),
-    favour=st.sampled_from([0.0, 0.0, 100.0]),
+    favour=st.sampled_from([0.0, 0.0, 20.0]),
 )
 @example(combine=False, n=13, experts=5, slots=2, m=33, c=35, dtype=torch.bfloat16, favour=0.0)
 @example(combine=True, n=13, experts=5, slots=2, m=33, c=35, dtype=torch.bfloat16, favour=0.0)
-@example(combine=False, n=23, experts=3, slots=1, m=16, c=16, dtype=torch.float16, favour=100.0)  # others get none
+@example(combine=False, n=23, experts=3, slots=1, m=16, c=16, dtype=torch.float16, favour=20.0)  # others get none
 @example(combine=True, n=0, experts=3, slots=2, m=5, c=7, dtype=torch.float32, favour=0.0)
 def test_dense(combine, n, experts, slots, m, c, dtype, favour):
     slots = min(slots, experts)
     gates, plan = plan_of(n, experts, slots, 3, favour)
     w = weight(experts, m, c, dtype, 4)
-    check_op(grouped_linear, arguments(combine, n, slots, m, c, w, plan, gates, dtype, n % 2 == 1), judge=eager)
+    args = arguments(combine, n, slots, m, c, w, plan, gates, dtype, n % 2 == 1)
+    check_op(grouped_linear, args, factor=FACTOR[dtype], judge=eager)
 
 
 @pytest.mark.parametrize("combine", [False, True])
@@ -203,7 +204,7 @@ def test_tables_pick_rows_that_exist():
 
 
 def test_an_expert_without_tokens_gets_zeros_and_a_frozen_one_costs_nothing(monkeypatch):
-    gates, plan = plan_of(5, 4, 1, 9, favour=100.0)
+    gates, plan = plan_of(5, 4, 1, 9, favour=20.0)
     x, w = rand((5, 8), seed=1).requires_grad_(), weight(4, 6, 8, torch.float32, 2).requires_grad_()
     with backend.using("triton"):
         dw = torch.autograd.grad(grouped_linear(x, w, plan).sum(), w)[0]

@@ -1,11 +1,11 @@
 """Products of tokens with their experts' weights: one launch for all experts of a mixture.
 
-    gather    y_p = x_n W_e^T                                 p a sorted row, n its token, e its expert
-    combine   y_n = Σ_t g_nt · x_p W_e^T + add_n              p the sorted row of the pair (n, t), g the gates
+    y_p = x_n W_e^T                           a gather: p a sorted row, n its token, e its expert
+    y_n = Σ_t g_nt · x_p W_e^T + add_n        a combine: p the sorted row of the pair (n, t), g the gates
 Backward:
-    gather    dx_n = Σ_t dy_p W_e                             dW_e = Σ_{p of e} dy_p^T x_n
-    combine   dx_p = g_nt · q_p,  q_p = dy_n W_e              dW_e = Σ_{p of e} g_nt · dy_n^T x_p
-              dg_nt = <q_p, x_p>                              dadd = dy
+    dx_n = Σ_t dy_p W_e                       dW_e = Σ_{p of e} dy_p^T x_n                      of a gather
+    dx_p = g_nt · q_p,  q_p = dy_n W_e        dW_e = Σ_{p of e} g_nt · dy_n^T x_p               of a combine
+    dg_nt = <q_p, x_p>                        dadd = dy
 
 The two are each other's transpose: a gather reads rows of tokens by address while it multiplies, and what belongs to
 one token is summed over its T slots in their order afterwards, in fp32, by a kernel of its own: no atomics. The gate's
@@ -393,7 +393,7 @@ def rows_product(
         *(*x.stride(), *w.stride(), *((0, 0, 0) if v is None else v.stride())),
         *(cols, *_strides(other), *_strides(gates)),
         GATHER=gather,
-        SLOTS=slots,
+        SLOTS=slots if gather or gates is not ABSENT else 1,
         X_TMA=x_tma,
         W_TMA=w_layout is not None,
         W_T=bool(w_layout),
