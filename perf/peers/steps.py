@@ -30,7 +30,16 @@ def hf(setting: Any) -> Callable[[Any], Step]:
 
     config = AutoConfig.for_model(**raw_config(setting.shape))
     model = random_llama(config, setting.device, setting.quant)
-    return _steps(setting, with_adapters(model, setting.rank))
+    model = with_adapters(model, setting.rank)
+
+    def checkpoint(on: bool) -> None:
+        if on:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            model.enable_input_require_grads()
+        else:
+            model.gradient_checkpointing_disable()
+
+    return _steps(setting, model, checkpoint)
 
 
 def liger(setting: Any) -> Callable[[Any], Step]:
@@ -42,34 +51,27 @@ def liger(setting: Any) -> Callable[[Any], Step]:
 
 
 def unsloth(setting: Any) -> Callable[[Any], Step]:
-    """Unsloth, which reads its model from a folder: a random one, written for it (16 GB for an 8B; see TMPDIR)."""
+    """Unsloth, which reads its model from a folder: a random one, written for it to where temporary files are (TMPDIR;
+    16 GB for an 8B) and left there for the next process."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
     import unsloth  # noqa: F401 - first: it patches what is imported next
     from transformers import AutoConfig
     from unsloth import FastLanguageModel
 
-    with tempfile.TemporaryDirectory() as folder:
+    folder = Path(tempfile.gettempdir()) / f"random-{setting.shape}"
+    if not (folder / "tokenizer.json").exists():
         config = AutoConfig.for_model(**raw_config(setting.shape), bos_token_id=1, eos_token_id=2, pad_token_id=3)
-        random_llama(config, setting.device, "none").save_pretrained(folder, max_shard_size="4GB")
-        write_tokenizer(Path(folder))
+        random_llama(config, setting.device).save_pretrained(folder, max_shard_size="4GB")
+        write_tokenizer(folder)
         torch.cuda.empty_cache()
-        base, _ = FastLanguageModel.from_pretrained(
-            folder, max_seq_length=131072, dtype=torch.bfloat16, load_in_4bit=setting.quant == "nf4"
-        )
-    built: dict[str, Callable[[Any], Step]] = {}
-
-    def prepare(run: Any) -> Step:
-        if not built:
-            model = FastLanguageModel.get_peft_model(
-                base, r=setting.rank, target_modules=LINEARS, lora_alpha=setting.rank, lora_dropout=0, bias="none",
-                use_gradient_checkpointing={"default": False, "recompute": "unsloth"}[run.policy], random_state=0,
-            )  # fmt: skip
-            built[run.policy] = _steps(setting, model, checkpointing=False)
-        if run.policy not in built:
-            raise ValueError(f"unsloth: policy {run.policy!r} after {list(built)}: one in a process")
-        return built[run.policy](run)
-
-    return prepare
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=131072, dtype=torch.bfloat16, load_in_4bit=setting.quant == "nf4"
+    )
+    model = FastLanguageModel.get_peft_model(
+        model, r=setting.rank, target_modules=LINEARS, lora_alpha=setting.rank, lora_dropout=0, bias="none",
+        use_gradient_checkpointing="unsloth", random_state=0,
+    )  # fmt: skip
+    return _steps(setting, model, lambda on: FastLanguageModel.for_training(model, use_gradient_checkpointing=on))
 
 
 def with_adapters(model: Any, rank: int) -> Any:
@@ -127,8 +129,8 @@ def _quantised(weight: Tensor) -> nn.Module:
     return linear
 
 
-def _steps(setting: Any, model: Any, checkpointing: bool = True) -> Callable[[Any], Step]:
-    """Steps of a PEFT model; ``checkpointing``: whether policies are switched by transformers' own switch."""
+def _steps(setting: Any, model: Any, checkpoint: Callable[[bool], Any]) -> Callable[[Any], Step]:
+    """Steps of a PEFT model; ``checkpoint(on)`` switches its gradient checkpointing."""
     trained = [p for p in model.parameters() if p.requires_grad]
     cuda = setting.device.type == "cuda"
 
@@ -144,12 +146,8 @@ def _steps(setting: Any, model: Any, checkpointing: bool = True) -> Callable[[An
     def prepare(run: Any) -> Step:
         if run.policy not in ("default", "recompute"):
             raise ValueError(f"--policy {run.policy}: peers have default and recompute")
-        if checkpointing and run.policy == "recompute":
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-            model.enable_input_require_grads()
-        elif checkpointing:
-            model.gradient_checkpointing_disable()
         model.train()
+        checkpoint(run.policy == "recompute")
         with torch.no_grad():
             for name, p in model.named_parameters():  # every run starts where the first did
                 if ".lora_B." in name:
