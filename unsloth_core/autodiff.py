@@ -735,7 +735,7 @@ def tiled(
     def call(w: Tree, *rows: Tree) -> Any:
         leaves, spec = tree.flatten((w, rows))
         tape, tiles.backend = _tape.get(), backend.override()
-        op_call = _Call(name, (tiles.forward, tiles.backward), spec, {}, tape)
+        op_call = _Call(name, (tiles.tiled_fwd, tiles.tiled_bwd), spec, {}, tape)
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
             out = _Op.apply(op_call, *leaves)
         else:
@@ -761,7 +761,7 @@ class _Tiles:
             here = slice(start, min(start + self.size, count))
             yield here, tree.map(lambda t, here=here: t[here].detach(), rows)
 
-    def forward(self, w: Tree, rows: Tree, *, needs: Tree) -> tuple[tuple[Tensor, ...], Tree]:
+    def tiled_fwd(self, w: Tree, rows: Tree, *, needs: Tree) -> tuple[tuple[Tensor, ...], Tree]:
         both = zip(tree.leaves((w, rows)), tree.leaves(needs), strict=True)
         frozen = [leaf for leaf, need in both if need is not True]
         still, whole = tree.map(_detach, w), []
@@ -798,7 +798,7 @@ class _Tiles:
         whole = [torch.zeros_like(t) if added else t.new_empty((count, *t.shape[1:])) for t, added in leaves]
         return [added for _, added in leaves], whole
 
-    def backward(self, residuals: Tree, cotangents: tuple[Any, ...], *, needs: Tree) -> tuple[Any, Any]:
+    def tiled_bwd(self, residuals: Tree, cotangents: tuple[Any, ...], *, needs: Tree) -> tuple[Any, Any]:
         (w, rows), (needs_w, needs_rows) = residuals, (tree.leaves(part) for part in needs)
         w_leaves, w_spec = tree.flatten(w)
         dw: list[Any] = [ABSENT] * len(w_leaves)

@@ -69,6 +69,36 @@ def take(parcel: Parcel, device: torch.device) -> list[Tensor]:
     return tensors
 
 
+def blocks(host: Tensor, rows: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """``(where, host[where] on device)`` of ``rows`` rows at a time, the next on its way while one is used.
+
+    Two buffers take turns: a block is that of its turn only until the next but one is asked for."""
+    starts = range(0, host.shape[0], rows)
+    shape = (min(rows, host.shape[0]), *host.shape[1:])
+    buffers = [torch.empty(shape, dtype=host.dtype, device=device) for _ in range(min(2, len(starts)))]
+    coming: list[Any] = []
+
+    def fetch(i: int) -> None:
+        part = host[starts[i] : starts[i] + rows]
+        target = buffers[i % 2][: part.shape[0]]
+        if device.type == "meta":
+            coming.append((target, None))
+            return
+        with _beside(device, "in") as stream:
+            target.copy_(part, non_blocking=True)
+            coming.append((target, stream.record_event()))
+
+    for i, start in enumerate(starts):
+        if i == 0:
+            fetch(0)
+        if i + 1 < len(starts):
+            fetch(i + 1)
+        block, came = coming[i]
+        if came is not None:
+            torch.cuda.current_stream(device).wait_event(came)
+        yield slice(start, start + block.shape[0]), block
+
+
 def _let_go(parcel: Parcel) -> None:
     """The device's copies may be freed: whoever reuses their memory on the current stream comes after the copy out."""
     if parcel.here and parcel.left is not None:

@@ -9,6 +9,7 @@ Residuals: ids and w (arguments; of w only shape and dtype are used).
 Dtypes: w fp16, bf16 or fp32, x and dw in w's dtype; ids int32 or int64. Products and sums are fp32, rounded once.
 Bytes moved with 2-byte elements: forward 4·N·D; backward 2·N·D read, 2·V·D written (the dense gradient is mostly
 zeros) and at most N·D/8 of partial sums.
+A table that is not trained may stay on the host, pinned: the GPU reads the rows it needs over the link.
 Limits: any strides (fast with a last stride of 1 and a row stride divisible by 16); fewer than 2^30 tokens.
 
 How the gradient is summed: ids are sorted (stable, so equal ids keep their token order), which makes the tokens
@@ -138,7 +139,8 @@ def _check(ids_N: Tensor, w_VD: Tensor) -> None:
     if w_VD.ndim != 2:
         raise ValueError(f"embedding: w has shape {tuple(w_VD.shape)}, expected (V, D)")
     check_dtype("embedding", "w", w_VD)
-    check_device("embedding", "ids", ids_N, "w", w_VD.device)
+    if not (w_VD.is_cpu and (ids_N.is_meta or (ids_N.is_cuda and w_VD.is_pinned()))):
+        check_device("embedding", "ids", ids_N, "w", w_VD.device)
     if ids_N.shape[0] >= _MAX_TOKENS:
         raise NotImplementedError(f"embedding: {ids_N.shape[0]} ids, expected fewer than {_MAX_TOKENS}")
 
@@ -149,11 +151,14 @@ def _check(ids_N: Tensor, w_VD: Tensor) -> None:
 def embedding_fwd(ids_N: Tensor, w_VD: Tensor, *, needs: Any, scale: float = 1.0) -> tuple[Tensor, Any]:
     """ids (N,) int32 or int64, w (V, D) -> x (N, D) in w's dtype, new and contiguous; NaN rows for other ids.
 
-    Raises ValueError for other shapes, dtypes or devices, NotImplementedError for 2^30 tokens or more.
+    ``w`` may be pinned host memory beside ids on a GPU. Raises ValueError for other shapes, dtypes or devices,
+    NotImplementedError for 2^30 tokens or more and for the gradient of a table on the host.
     """
     _check(ids_N, w_VD)
     (N,), (V, D) = ids_N.shape, w_VD.shape
-    x_ND = torch.empty((N, D), dtype=w_VD.dtype, device=w_VD.device)
+    if needs[1] and w_VD.device != ids_N.device:
+        raise NotImplementedError("embedding: no gradient for a table on the host; detach it")
+    x_ND = torch.empty((N, D), dtype=w_VD.dtype, device=ids_N.device)
     rows, block = _tile(D)
     launch(
         _gather, (cdiv(N, rows), cdiv(D, block)),

@@ -27,13 +27,17 @@ g = 1 and dx in backward, never all of them. For 8192 tokens, V 128256, D 4096 i
 ``chunk_logits=2**26``. Its price: w is read 32 times instead of 8, and dz · w of 512 tokens has only 64 tiles of
 128 × 256 for the 132 multiprocessors of an H100, unless cuBLAS splits the sum over V.
 
+A frozen head may be NF4, or a tensor on the host (pinned), which is what a small GPU has room for. It is used
+HEAD_ROWS rows at a time: decoded, or copied while the block before is multiplied, once for a chunk's logits and once
+for its dx, which is then summed over blocks in fp32 and rounded once.
+
 Residuals: dx at g = 1 for the M target rows in x's dtype (M · D elements), dw at g = 1 (V · D: fp32 if summed
 over several chunks, else w's dtype), ``rows`` and ``w`` by reference, and a 0-byte tensor that carries N.
 Dtypes: x and w alike, fp16, bf16 or fp32. Logits and dz are rounded to it, as in PyTorch; losses, their sum
 and dw over chunks are fp32; 16-bit dx is rounded once more than PyTorch's (before g and after). The sum over
 tokens has a fixed order. Products are cuBLAS's (``torch.mm``): fp32 ones are exact unless the process allows tf32.
 Bytes, besides x, w and the gradients: 4 or 5 passes over a chunk's logits. Unfused: 7 over (N, V).
-Limits: w is a Tensor (no NF4 or adapted head); the last stride of x and w is 1.
+Limits: w is a Tensor or NF4 (no adapted head); the last stride of x and w is 1.
 
 Source: the gradient computed in forward, over chunks of tokens, is Liger Kernel's (arXiv 2410.10989).
 """
@@ -47,16 +51,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import offload, tree
 from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch, next_power_of_2
 from ..tree import ABSENT
+from ..weights import NF4, Weight
+from . import nf4
 from .checks import check_device, check_dtype
 from .cross_entropy import check_options, check_targets, forward_pass, pointer, pointer_and_stride, total
 from .language import cast
 
 CHUNK_LOGITS = 2**28
 TRAINABLE_ROWS = 4096
+HEAD_ROWS = 8192  # a block of a head that is not a matrix on the device; of any even width whole blocks of NF4
 
 
 def chunk_rows(M: int, V: int, trainable: bool, chunk_logits: int | None = None) -> int:
@@ -131,8 +139,32 @@ def scaled(src: Tensor, g: Any, out: Tensor, rows: Any = ABSENT) -> Tensor:
     return out
 
 
+def head_blocks(w: Any, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """``(rows, those rows of w as a matrix beside like)``, all in one where w is such a matrix."""
+    if isinstance(w, NF4):
+        V, D = w.shape
+        step = HEAD_ROWS if HEAD_ROWS * D % (w.block * nf4.NESTED_BLOCK) == 0 else w.block * nf4.NESTED_BLOCK
+        for start in range(0, V, step):
+            yield slice(start, min(V, start + step)), nf4.dequantize(nf4.rows(w, start, min(V, start + step)))
+    elif w.device != like.device:
+        yield from offload.blocks(w, HEAD_ROWS, like.device)
+    else:
+        yield slice(0, w.shape[0]), w
+
+
+def times_head(z: Tensor, w: Any, out: Tensor) -> None:
+    """out = z · w."""
+    if isinstance(w, Tensor) and w.device == z.device:
+        product(z, w, out)
+        return
+    total = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    for part, block in head_blocks(w, z):
+        product(z[:, part], block, total, add=part.start > 0)
+    out.copy_(total)
+
+
 def chunks_of_logits(
-    x: Tensor, w: Tensor, rows: Any, M: int, chunk: int
+    x: Tensor, w: Any, rows: Any, M: int, chunk: int
 ) -> Iterator[tuple[slice, Any, Tensor, Tensor]]:
     """``(part, rows[part], x of those rows, its logits)``, ``chunk`` of the M target rows at a time.
 
@@ -150,14 +182,18 @@ def chunks_of_logits(
             grid, options = by_rows(count, D)
             launch(_gather_kernel, grid, x, rows_part, x_part, N, D, x.stride(0), rows.stride(0), **options)
         z = logits[:count, :V]
-        product(x_part, w.t(), z)
+        for columns, block in head_blocks(w, x):
+            product(x_part, block.t(), z[:, columns])
         yield part, rows_part, x_part, z
 
 
-def check_linear(op: str, x: Tensor, w: Tensor, targets: Tensor, rows: Any, chunk_logits: int | None) -> None:
-    """Raises ValueError unless x (N, D), w (V, D), targets (M,) and rows (M,), or ABSENT where M = N, fit together."""
+def check_linear(
+    op: str, x: Tensor, w: Any, targets: Tensor, rows: Any, chunk_logits: int | None, *, away: bool = False
+) -> None:
+    """Raises ValueError unless x (N, D), w (V, D), targets (M,) and rows (M,), or ABSENT where M = N, fit together.
+    ``away``: w may be pinned on the host."""
     for name, t, letters in (("x", x, "(N, D)"), ("w", w, "(V, D)")):
-        if t.ndim != 2:
+        if len(t.shape) != 2:
             raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {letters}")
     if w.shape[0] == 0 or w.shape[1] != x.shape[1] or x.shape[1] == 0:
         raise ValueError(f"{op}: w has shape {tuple(w.shape)}, expected (V, D) with V > 0 and D = {x.shape[1]} > 0")
@@ -177,15 +213,29 @@ def check_linear(op: str, x: Tensor, w: Tensor, targets: Tensor, rows: Any, chun
     if chunk_logits is not None and not chunk_logits >= 1:
         raise ValueError(f"{op}: chunk_logits is {chunk_logits}, expected a positive number or None")
     check_dtype(op, "x", x)
-    check_device(op, "w", w, "x", x.device)
+    if isinstance(w, NF4):
+        nf4.check(op, w)
+        check_device(op, "w", w.codes, "x", x.device)
+    elif not (away and w.is_cpu and (x.is_meta or (x.is_cuda and w.is_pinned()))):
+        check_device(op, "w", w, "x", x.device)
     for name, t in (("x", x), ("w", w)):
-        if t.shape[1] > 1 and t.shape[0] > 0 and t.stride(1) != 1:
+        if isinstance(t, Tensor) and t.shape[1] > 1 and t.shape[0] > 0 and t.stride(1) != 1 and not x.is_meta:
             raise ValueError(f"{op}: {name} has strides {t.stride()}, expected a last stride of 1")
+
+
+def check_head(op: str, x: Tensor, w: Any, needs: Any) -> bool:
+    """Whether w wants a gradient. Raises NotImplementedError for a node that is no head, or one that cannot learn."""
+    if not isinstance(w, Tensor | NF4):
+        raise NotImplementedError(f"{op}: w is {type(w).__name__}, expected Tensor or NF4")
+    trainable = tree.any(needs)
+    if trainable and (isinstance(w, NF4) or w.device != x.device):
+        raise NotImplementedError(f"{op}: no gradient for a w that is NF4 or on another device; detach it")
+    return trainable
 
 
 def linear_cross_entropy_fwd(
     x_ND: Tensor,
-    w_VD: Tensor,
+    w_VD: Weight,
     targets_M: Tensor,
     rows_M: Any = ABSENT,
     *,
@@ -196,17 +246,19 @@ def linear_cross_entropy_fwd(
     softcap: float | None = None,
     chunk_logits: int | None = None,
 ) -> tuple[Tensor, Any]:
-    """x (N, D), w (V, D), targets (M,), rows (M,) or ABSENT (M = N) -> the sum of the losses, fp32, 0-d.
+    """x (N, D), w (V, D) Tensor or NF4, targets (M,), rows (M,) or ABSENT (M = N) -> the sum of the losses, fp32, 0-d.
 
     ``targets[i]`` belongs to row ``rows[i]`` of x. An entry of ``rows`` equal to N is padding; others appear
     at most once. Targets outside [0, V), and rows outside [0, N], make the sum NaN. ``chunk_logits``: about how many
     logits exist at a time; less memory for more time, and the same result but for the order of sums over tokens.
-    Raises ValueError for other shapes, dtypes, devices, strides or options, TypeError for a w that is not a Tensor.
+    Raises ValueError for other shapes, dtypes, devices, strides or options, NotImplementedError for another weight node
+    and for the gradient of a head that is NF4 or on the host.
     """
-    check_linear("linear_cross_entropy", x_ND, w_VD, targets_M, rows_M, chunk_logits)
+    trainable = check_head("linear_cross_entropy", x_ND, w_VD, needs[1])
+    check_linear("linear_cross_entropy", x_ND, w_VD, targets_M, rows_M, chunk_logits, away=True)
     check_options("linear_cross_entropy", label_smoothing, z_loss, softcap)
     (N, D), V, M = x_ND.shape, w_VD.shape[0], targets_M.shape[0]
-    need_x, need_w = needs[0], needs[1]
+    need_x, need_w = needs[0], trainable
     chunk = chunk_rows(M, V, need_w, chunk_logits)
 
     def empty(*shape: int, dtype: torch.dtype = x_ND.dtype) -> Tensor:
@@ -223,7 +275,7 @@ def linear_cross_entropy_fwd(
             ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
         )  # fmt: skip
         if need_x:
-            product(z, w_VD, x_grad[part])
+            times_head(z, w_VD, x_grad[part])
         if need_w:
             product(z.t(), x, w_grad, add=part.start > 0)
     loss = total(losses)
@@ -252,7 +304,7 @@ def linear_cross_entropy_bwd(
             dx = scaled(x_grad, dloss, torch.empty_like(x_grad))
         else:
             dx = scaled(x_grad, dloss, x_grad.new_zeros(carries_N.shape[0], x_grad.shape[1]), rows)
-    if needs[1]:
+    if tree.any(needs[1]):
         dw = scaled(w_grad, dloss, torch.empty(w.shape, dtype=w.dtype, device=w.device))
     return dx, dw, ABSENT, ABSENT
 

@@ -18,6 +18,7 @@ its last bit is the order of the sum). A block with a NaN becomes NaN, one of ze
 Limits: contiguous tensors; block sizes that are powers of two from 32 to 4096.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -156,6 +157,22 @@ def dequantize(w: NF4, *, out: Tensor | None = None) -> Tensor:
         enable_fp_fusion=False,
     )
     return out
+
+
+def rows(w: NF4, start: int, stop: int) -> NF4:
+    """Rows [start, stop) of ``w``, as views. Raises ValueError where one of them shares a block with another row."""
+    m, c = w.shape
+    unit = w.block * (1 if w.nested is ABSENT else NESTED_BLOCK)
+    if start * c % unit or (stop * c % unit and stop != m):
+        raise ValueError(f"nf4.rows: rows {start} to {stop} of {w.shape} begin or end inside a block of {unit} elements")
+    first, last = start * c, stop * c
+    nested = w.nested
+    if nested is not ABSENT:
+        nested = dataclasses.replace(nested, absmax_P=nested.absmax_P[first // unit : device.cdiv(last, unit)])
+    return dataclasses.replace(
+        w, codes=w.codes.reshape(-1)[first // 2 : device.cdiv(last, 2)],
+        absmax=w.absmax[first // w.block : device.cdiv(last, w.block)], nested=nested, shape=(stop - start, c),
+    )  # fmt: skip
 
 
 def quantize(t_MC: Tensor, *, double_quant: bool = True, block: int = 64) -> NF4:
