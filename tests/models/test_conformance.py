@@ -24,6 +24,7 @@ from unsloth_core.tree import ABSENT
 
 # Walked through the interpreter too; the rest by the reference.
 SAMPLE = ("smollm2", "llama-3.1", "llama-biases", "mistral-7b-v0.1", "qwen3", "phi-4-mini", "gemma2")
+SAMPLE += ("mixtral-8x7b", "qwen3-moe-mixed", "falcon-40b")
 RUNS = [(v, "reference") for v in VERSIONS] + [(v, "triton") for v in (VERSIONS if DEVICE.type == "cuda" else SAMPLE)]
 each_run = pytest.mark.parametrize(("version", "name"), RUNS, ids=lambda x: x)
 
