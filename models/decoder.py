@@ -103,8 +103,8 @@ class Model:
         """
         if key is not None:
             raise ValueError(f"loss: key was given, but no op of family {self.family.__name__} is random")
-        if batch.tokens_N.device != params.embed.device:
-            batch = batch.to(params.embed.device)
+        if batch.tokens_N.device != params.norm.device:
+            batch = batch.to(params.norm.device)
         experts = getattr(self.config, "experts", None)
         x_ND, stats = hidden_and_stats(
             self.family, params, batch.tokens_N, batch.positions_N, batch.segments,

@@ -311,7 +311,7 @@ def _load(source: str, device: str | None, dtype: Dtype | None, quantize: Quanti
     kind = None if dtype is None else getattr(torch, dtype.value)
     model, params = load(source, device=where, dtype=kind, quantize=None if quantize is None else quantize.value)
     size = f"{tree.nbytes(params) / 2**30:.2f} GiB, {params.embed.dtype}".replace("torch.", "")
-    _say(f"{source}: {size}{f', linears in {quantize.value}' if quantize else ''}, on {params.embed.device}")
+    _say(f"{source}: {size}{f', linears in {quantize.value}' if quantize else ''}, on {params.norm.device}")
     return model, params
 
 

@@ -117,7 +117,7 @@ def _steps(
     """One new token per sequence and step, None for those that have ended."""
     if max_new_tokens < 1 or not ids:
         return
-    cfg, device, dtype = model.config, params.embed.device, params.embed.dtype
+    cfg, device, dtype = model.config, params.norm.device, params.embed.dtype
     lengths = [len(tokens) for tokens in ids]
     capacity = max(lengths) + max_new_tokens
     if capacity > cfg.max_position_embeddings:

@@ -143,8 +143,8 @@ def make_step(
     0-d. ``capture``: as a CUDA graph, the same results to the bit (see :mod:`unsloth_core.capture` for what is static
     then); ValueError on a CPU, NotImplementedError with a policy that offloads.
     """
-    if capture and params.embed.device.type != "cuda":
-        raise ValueError(f"make_step: capture, but the weights are on {params.embed.device}, expected cuda")
+    if capture and params.norm.device.type != "cuda":
+        raise ValueError(f"make_step: capture, but the weights are on {params.norm.device}, expected cuda")
     kept = Schedule.of(policy).policy or {}
     if capture and OFFLOAD in kept.values():
         raise NotImplementedError(f"make_step: capture with policy {dict(kept)}, but {OFFLOAD} cannot be captured yet")
@@ -206,7 +206,7 @@ def finetune(
         )
     output = Path(o.output)
     training, held_out = data.split(data.read_examples(examples), o.eval_fraction, o.seed)
-    device = params.embed.device
+    device = params.norm.device
     more = {"tokens": o.tokens, "train_on": o.train_on, "device": device, "progress": progress}
     more["vocab_size"] = model.config.vocab_size
     batches = data.batches(training, model.tokenizer, epochs=o.epochs, seed=o.seed, **more)
