@@ -3,6 +3,7 @@
 Weights are made leaf by leaf; an NF4 matrix is quantised as soon as it exists, so the 16-bit model is never held. The
 same shape and seed give the same weights on one kind of device, dense or quantised."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -14,7 +15,7 @@ from unsloth_core.models import family_of
 from unsloth_core.models.decoder import Model
 from unsloth_core.ops import nf4
 from unsloth_core.tree import ABSENT
-from unsloth_core.weights import Declaration, Stacked
+from unsloth_core.weights import NF4, Declaration, Stacked
 
 _LLAMA3 = {
     "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
@@ -79,7 +80,7 @@ def random_model(
             return ABSENT
         if not declaration.rest:  # of what has one dimension only biases are optional
             return ABSENT if declaration.optional else torch.ones(declaration.shape, dtype=dtype, device=device)
-        if quantize == "nf4" and len(declaration.path) > 1:
+        if quantize == "nf4" and declaration.linear:
             parts = [nf4.quantize(matrix(rows, *declaration.rest)) for rows in declaration.rows]
             return parts[0] if len(parts) == 1 else Stacked(parts=tuple(parts))
         dense = torch.empty(declaration.shape, dtype=dtype, device=device)
@@ -89,6 +90,29 @@ def random_model(
 
     params = weights.build(family.Weights, config.dims, make, config=config)
     return Model(family=family, config=config, source=f"random {shape}"), params
+
+
+PLACES = ("device", "host", "nf4")
+
+
+def placed(params: Any, embed: str, head: str) -> Any:
+    """The same weights with embedding and head where they are said to be: "device", "host" (pinned), the head "nf4".
+
+    A tied head is where the embedding is. Raises ValueError for anything else."""
+    if embed not in PLACES[:2] or head not in PLACES:
+        raise ValueError(f"embedding on {embed!r} and head on {head!r}, expected device or host, for the head also nf4")
+
+    def moved(t: Any, place: str) -> Any:
+        if place == "nf4":
+            return t if isinstance(t, NF4) else nf4.quantize(t.to(params.norm.device))
+        if isinstance(t, NF4):
+            raise ValueError(f"the head is NF4, expected 16-bit weights to put on the {place}")
+        if place == "device":
+            return t.to(params.norm.device)
+        return t.cpu().pin_memory() if params.norm.is_cuda and t.is_cuda else t
+
+    params = dataclasses.replace(params, embed=moved(params.embed, embed))
+    return params if params.head is ABSENT else dataclasses.replace(params, head=moved(params.head, head))
 
 
 def random_ids(batch: int, seq: int, vocab: int, seed: int = 0) -> Tensor:

@@ -38,6 +38,7 @@ from perf import random_model  # noqa: E402
 from unsloth_core import data, lora, optim, random  # noqa: E402
 from unsloth_core.autodiff import SAVE  # noqa: E402
 from unsloth_core.models.decoder import Schedule  # noqa: E402
+from unsloth_core.plan import plan  # noqa: E402
 from unsloth_core.train import OPTIMIZER_STATES, make_step  # noqa: E402
 
 IMPLS = ("ours", "unsloth", "hf", "liger")
@@ -47,7 +48,7 @@ PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}
 OPTIMIZERS = tuple(OPTIMIZER_STATES)
 
 Step = Callable[[], Tensor]  # one optimizer step; returns its loss, a tensor on the device
-Prepare = Callable[["Run"], Step]
+Prepare = Callable[["Run"], "Step | Planned"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,17 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
+class Planned:
+    """The step of a run, and what was decided for it."""
+
+    step: Step
+    policy: str
+    predicted_gib: float | None = None
+    embed: str = "device"
+    head: str = "device"
+
+
+@dataclasses.dataclass(frozen=True)
 class Setting:
     """What is the same for all runs of a process."""
 
@@ -77,6 +89,8 @@ class Setting:
     optimizer: str
     capture: bool
     device: torch.device
+    embed: str | None = None  # None: a plan's choice, else on the device
+    head: str | None = None
 
 
 def runs_of(text: str, steps: int, policies: Sequence[str]) -> list[Run]:
@@ -114,22 +128,35 @@ def ours(setting: Setting) -> Prepare:
     model, params = random_model.random_model(setting.shape, device=setting.device, dtype=dtype, quantize=quantize)
     vocab = model.config.vocab_size
 
-    def prepare(run: Run) -> Step:
+    def prepare(run: Run) -> Planned:
+        nonlocal params
+        chosen = {"embed": setting.embed or "device", "head": setting.head or "device", "policy": run.policy}
+        if run.policy == "plan":
+            best = plan(
+                random_model.raw_config(setting.shape), run.tokens,
+                None if setting.memory_gib is None else int(setting.memory_gib * 2**30), sequence=run.seq,
+                rank=setting.rank, quantize=quantize, optimizer_states=setting.optimizer, dtype=dtype,
+                embed=setting.embed, head=setting.head,
+            ).best  # fmt: skip
+            schedule = best.schedule
+            chosen = {"embed": best.embed, "head": best.head, "policy": best.describe()}
+            chosen["predicted_gib"] = best.peak / 2**30
+        else:
+            schedule = schedule_of(run.policy)
+        params = random_model.placed(params, chosen["embed"], chosen["head"])
         adapters = lora.init(random.key(0), params, rank=setting.rank)
         optimizer = optim.adamw(LR, state_dtype=OPTIMIZER_STATES[setting.optimizer])
         state = optimizer.init(adapters)
-        batch = data.from_tokens(random_model.random_ids(run.batch, run.seq, vocab), vocab_size=vocab).to(
-            setting.device
-        )
-        options: dict[str, Any] = {"capture": True} if setting.capture else {}
-        step = make_step(model, params, optimizer, max_norm=None, policy=schedule_of(run.policy), **options)
+        ids = random_model.random_ids(run.batch, run.seq, vocab)
+        batch = data.from_tokens(ids, vocab_size=vocab).to(setting.device)
+        step = make_step(model, params, optimizer, max_norm=None, policy=schedule, capture=setting.capture)
 
         def one() -> Tensor:
             nonlocal adapters, state
             adapters, state, metrics = step(adapters, state, [batch])
             return metrics["loss"]
 
-        return one
+        return Planned(one, **chosen)
 
     return prepare
 
@@ -256,7 +283,7 @@ def facts(setting: Setting, commit: str | None) -> dict[str, Any]:
     }
 
 
-def row_of(setting: Setting, run: Run, found: Measured, about: dict[str, Any]) -> dict[str, Any]:
+def row_of(setting: Setting, run: Run, made: Planned, found: Measured, about: dict[str, Any]) -> dict[str, Any]:
     """One line of records/train.jsonl."""
     return {
         "impl": setting.impl,
@@ -265,18 +292,20 @@ def row_of(setting: Setting, run: Run, found: Measured, about: dict[str, Any]) -
         "bs": run.batch,
         "seq": run.seq,
         "rank": setting.rank,
-        "policy": run.policy,
+        "policy": made.policy,
         "memory_cap_gib": setting.memory_gib,
         "ms": round(found.ms, 3),
         "tok_s": round(run.tokens / found.ms * 1e3, 1),
         "peak_alloc_gib": round(found.peak_alloc_gib, 3),
         "peak_reserved_gib": round(found.peak_reserved_gib, 3),
-        "predicted_peak_gib": None,
+        "predicted_peak_gib": None if made.predicted_gib is None else round(made.predicted_gib, 3),
         "loss_first": round(found.losses[0], 5),
         "loss_last": round(found.losses[-1], 5),
         "mfu": mfu(setting.shape, run, found.ms, about["gpu"]),
         **about,
         "optimizer_states": setting.optimizer,
+        "embed": made.embed,
+        "head": made.head,
         "captured": setting.capture,
         "host_ms": round(found.host_ms, 3),
     }
@@ -302,9 +331,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--policy",
         nargs="+",
-        default=["default"],
-        help="each is measured: default, recompute, or calls to save such as attn,mid (peers: default, recompute)",
+        help="each is measured: plan (what fits into --memory, the default with it), default (the default without), "
+        "recompute, or calls to keep such as attn,mid=offload,tile=2048 (peers: default, recompute)",
     )
+    parser.add_argument("--embed", choices=random_model.PLACES[:2], help="where the embedding is; a plan may choose")
+    parser.add_argument("--head", choices=random_model.PLACES, help="where the head is, or that it is NF4")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="fp32", help="how AdamW stores its moments")
     parser.add_argument("--capture", action="store_true", help="the step as a CUDA graph (ours)")
     parser.add_argument("--steps", type=int, default=8, help="that are measured")
@@ -323,12 +354,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not cuda and not o.smoke:
         raise SystemExit("train_step: no CUDA device; --smoke runs the same code anywhere, with --shape tiny")
     try:
-        runs = runs_of(o.runs, o.steps, o.policy)
+        runs = runs_of(o.runs, o.steps, o.policy or ["default" if o.memory is None else "plan"])
         random_model.raw_config(o.shape)
     except ValueError as error:
         raise SystemExit(f"train_step: {error}") from None
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    setting = Setting(o.impl, o.shape, o.quant, o.rank, o.memory, o.optimizer, o.capture, device)
+    setting = Setting(o.impl, o.shape, o.quant, o.rank, o.memory, o.optimizer, o.capture, device, o.embed, o.head)
     about = facts(setting, o.commit or _commit())
     begun = time.perf_counter()
     build = ours if o.impl == "ours" else getattr(importlib.import_module("perf.peers.steps"), o.impl)
@@ -343,19 +374,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.cuda.reset_peak_memory_stats(device)
         try:
             begun = time.perf_counter()
-            step = prepare(run)
-            found = measure(step, run, device, o.warmup)
-            row = row_of(setting, run, found, about)
-        except torch.OutOfMemoryError as error:
-            print(f"# {run.batch}:{run.seq} out of memory: {' '.join(str(error).split())[:200]}", flush=True)
-            failed, step = True, None
+            made = prepare(run)
+            made = made if isinstance(made, Planned) else Planned(made, run.policy)
+            found = measure(made.step, run, device, o.warmup)
+            row = row_of(setting, run, made, found, about)
+        except (torch.OutOfMemoryError, ValueError) as error:  # the latter: no plan fits, no such policy
+            print(f"# {run.batch}:{run.seq} {run.policy}: {' '.join(str(error).split())[:300]}", flush=True)
+            failed, made = True, None
             continue
         print(json.dumps(row), flush=True)
         took = time.perf_counter() - begun
         share = 100 * found.host_ms / found.ms
         print(
             f"# {run.batch}:{run.seq} policy {row['policy']}: {row['tok_s']:.0f} tok/s, {found.ms:.1f} ms (wall "
-            f"{found.wall_ms:.1f}, host {found.host_ms:.1f} = {share:.0f} %), peak {found.peak_alloc_gib:.2f} GiB, "
+            f"{found.wall_ms:.1f}, host {found.host_ms:.1f} = {share:.0f} %), peak {found.peak_alloc_gib:.2f} GiB "
+            f"(predicted {row['predicted_peak_gib']}, reserved {found.peak_reserved_gib:.2f}), "
             f"loss {found.losses[0]:.4f} -> {found.losses[-1]:.4f}; all of it took {took:.1f} s",
             flush=True,
         )
@@ -364,8 +397,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             with o.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if o.profile and cuda:
-            print(profile(step, o.profile), flush=True)
-        del step
+            print(profile(made.step, o.profile), flush=True)
+        del made
     return 1 if failed else 0
 
 
