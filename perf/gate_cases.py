@@ -21,9 +21,9 @@ from unsloth_core.optim import multi_tensor
 from unsloth_core.segments import Segments
 from unsloth_core.weights import NF4, Adapted, LoRA, Stacked
 
-attention, attention_decode, linear, nf4, nf4_matvec = (
+attention, attention_decode, grouped_linear, linear, nf4, nf4_matvec = (
     importlib.import_module(f"unsloth_core.ops.{op}")
-    for op in ("attention", "attention_decode", "linear", "nf4", "nf4_matvec")
+    for op in ("attention", "attention_decode", "grouped_linear", "linear", "nf4", "nf4_matvec")
 )
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def run(recorder: Recorder) -> None:
             _case(recorder, case, shape, case.dtype)
         for shape in WIDE.get(case.op, ()) if FP32 in others else ():
             _case(recorder, case, shape, FP32)
-    for calls in (_norms, _small_ops, _losses, _products, _attention, _optimizers):
+    for calls in (_norms, _small_ops, _losses, _products, _experts, _attention, _optimizers):
         calls(functools.partial(_call, recorder), Random.seeded(0, CPU), recorder.target)
 
 
@@ -237,6 +237,39 @@ def _products(call: Calls, r: Random, target: Target) -> None:
     call("nf4_matvec split", nf4_matvec.nf4_matvec, args)
 
 
+def _experts(call: Calls, r: Random, target: Target) -> None:
+    for E, valid in ((8, False), (8, True), (60, False)):
+        op = functools.partial(uc.route, top_k=2, renormalise=not valid)
+        args = (r.normal(4096, E), *((r.normal(4096) > 0,) if valid else ()))
+        call(f"route of {E} valid={valid}", op, args, lambda logits, *valid: (logits,))
+    E, T, M, C = 8, 2, 1024, 512
+    for dtype in _dtypes(target):
+        for tokens in (8, 256, 4096):
+            gates, _, *plan, _, _ = uc.route(r.normal(tokens, E), top_k=T)
+            forms = {"gather": (r.normal(tokens, C, dtype=dtype),)}
+            forms["combine"] = (r.normal(tokens * T, C, dtype=dtype), gates, r.normal(tokens, M, dtype=dtype))
+            for name, w, trained in _expert_weights(r, E, M, C, dtype):
+                for form, (x, *more) in forms.items():
+                    wanted = lambda x, w, plan, *more, trained=trained: (x, *trained(w), *more)  # noqa: E731
+                    args = (x, w, tuple(plan), *more)
+                    call(f"grouped_linear {form} {tokens} {dtype} {name}", uc.grouped_linear, args, wanted)
+    # Operands that TMA cannot address, or whose last step reaches into the next expert.
+    _, _, *plan, _, _ = uc.route(r.normal(4096, E), top_k=T)
+    for M, C in ((1000, 1000), (520, 1024)):
+        args = (r.normal(4096, C), r.normal(E, M, C), tuple(plan))
+        call(f"grouped_linear {M}x{C}", uc.grouped_linear, args, lambda x, w, plan: (x, w))
+
+
+def _expert_weights(
+    r: Random, E: int, M: int, C: int, dtype: torch.dtype
+) -> Iterator[tuple[str, Any, Callable[[Any], list[Tensor]]]]:
+    """(name, weight, its trained leaves)."""
+    yield "trained", r.normal(E, M, C, dtype=dtype), lambda w: [w]
+    for rank in (8, 32, 64) if dtype == BF16 else (8,):
+        part = LoRA(a=r.normal(E, rank, C, dtype=FP32), b=r.normal(E, M, rank, dtype=FP32), scale=2.0)
+        yield f"rank {rank}", Adapted(base=r.normal(E, M, C, dtype=dtype), parts=(part,), rows=(M,)), _adapters
+
+
 def _attention(call: Calls, r: Random, target: Target) -> None:
     one, packed, cache = (Segments.uniform(4, length, CPU) for length in (1, 512, 8192))
     softcap = {"window": 100, "softcap": 50.0}
@@ -297,6 +330,14 @@ def rows(target: Target) -> Iterator[Row]:
                 facts |= {"HEAD": range(1 if size <= 128 else 129, size + 1)}
                 facts |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
                 yield Row(f"attention_decode.TABLE[{kind!r}, {size}] {dtype}", "attention_decode._attend", facts)
+    hopper = {"large", "medium"}  # of grouped_linear's tables
+    for table, kernel in (("CONFIGS", "_rows_kernel"), ("WEIGHT_CONFIGS", "_weight_kernel")):
+        for name, config in getattr(grouped_linear, table).items():
+            here = name not in hopper if target.capability[0] != 9 else name != "portable"
+            if name != "interpreted" and here and (FP32 in _dtypes(target) or not name.startswith("fp32")):
+                facts = {"BLOCK_M": config.m, "BLOCK_N": config.n, "BLOCK_K": config.k}
+                facts |= {"num_warps": config.warps, "num_stages": config.stages}
+                yield Row(f"grouped_linear.{table}[{name!r}]", f"grouped_linear.{kernel}", facts)
     for name, config in linear.CONFIGS.items():
         if name != "interpreted" and (FP32 in _dtypes(target) or not name.startswith("fp32")):
             facts = {"BLOCK_M": config.m, "BLOCK_N": config.n, "BLOCK_K": config.k}

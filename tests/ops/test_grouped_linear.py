@@ -199,8 +199,8 @@ def test_tables_pick_rows_that_exist():
     for rows in (1, 64, 1000, 100_000):
         for cols in (16, 32, 64, 128, 4096):
             for dtype in DTYPES:
-                assert file.configuration(rows, 8, cols, dtype) in file.CONFIGS.values()
-                assert file.weight_configuration(rows, cols, dtype) in file.WEIGHT_CONFIGS.values()
+                assert file.configuration(rows, 8, cols, 64, dtype, DEVICE) in file.CONFIGS.values()
+                assert file.weight_configuration(rows, cols, dtype, DEVICE) in file.WEIGHT_CONFIGS.values()
 
 
 def test_an_expert_without_tokens_gets_zeros_and_a_frozen_one_costs_nothing(monkeypatch):

@@ -288,11 +288,12 @@ class Config(NamedTuple):
 
 
 CONFIGS = {
-    "large": Config(128, 256, 64, 8, 3),
+    "large": Config(128, 256, 64, 8, 3),  # Hopper; fits no other part's shared memory
     "medium": Config(128, 128, 64, 8, 3, 2),
+    "portable": Config(128, 128, 32, 8, 4, 2),
     "few": Config(64, 128, 64, 4, 4, 2),  # rows for each expert
     "decode": Config(16, 64, 128, 4, 4, 4),
-    "narrow": Config(128, 16, 128, 4, 3, 2),  # columns: the adapters' skinny products
+    "narrow": Config(128, 16, 64, 4, 3, 2),  # columns: the adapters' skinny products
     "narrow 32": Config(128, 32, 64, 4, 3, 2),
     "narrow 64": Config(128, 64, 64, 4, 3, 2),
     "fp32": Config(64, 64, 16, 4, 2, 2),
@@ -302,6 +303,7 @@ CONFIGS = {
 WEIGHT_CONFIGS = {
     "large": Config(128, 256, 64, 8, 3),
     "medium": Config(128, 128, 64, 8, 3),
+    "portable": Config(128, 128, 32, 8, 4),
     "narrow": Config(128, 16, 64, 4, 3),  # dB: few columns
     "narrow 32": Config(128, 32, 64, 4, 3),
     "narrow 64": Config(128, 64, 64, 4, 3),
@@ -315,8 +317,11 @@ _GROUP = 8
 _STEP_RANK = 64
 
 
-def configuration(rows: int, experts: int, cols: int, dtype: torch.dtype) -> Config:
-    """The row of CONFIGS for ``rows`` sorted rows of ``experts`` experts and ``cols`` outputs of each."""
+def configuration(
+    rows: int, experts: int, cols: int, inner: int, dtype: torch.dtype, where: torch.device
+) -> Config:  # fmt: skip
+    """The row of CONFIGS for ``rows`` sorted rows of ``experts`` experts, ``cols`` outputs of each summed over
+    ``inner``."""
     if device.interpreting():
         return CONFIGS["interpreted"]
     each = rows / experts
@@ -328,10 +333,13 @@ def configuration(rows: int, experts: int, cols: int, dtype: torch.dtype) -> Con
         return CONFIGS["narrow" if cols <= 16 else "narrow 32" if cols <= 32 else "narrow 64"]
     if each <= 96:
         return CONFIGS["few"]
-    return CONFIGS["large" if cols > 128 else "medium"]
+    if device.capability(where)[0] != 9:
+        return CONFIGS["portable"]
+    ragged = cols % 16 or inner % 64  # addresses of single elements, for which "large" has no registers
+    return CONFIGS["large" if cols > 128 and not ragged else "medium"]
 
 
-def weight_configuration(rows: int, cols: int, dtype: torch.dtype) -> Config:
+def weight_configuration(rows: int, cols: int, dtype: torch.dtype, where: torch.device) -> Config:
     """The row of WEIGHT_CONFIGS for gradients of (rows, cols)."""
     if device.interpreting():
         return WEIGHT_CONFIGS["interpreted"]
@@ -341,7 +349,9 @@ def weight_configuration(rows: int, cols: int, dtype: torch.dtype) -> Config:
     if narrow <= 64:
         width = "" if narrow <= 16 else " 32" if narrow <= 32 else " 64"
         return WEIGHT_CONFIGS[("narrow" if cols <= rows else "flat") + width]
-    return WEIGHT_CONFIGS["large" if cols > 128 else "medium"]
+    if device.capability(where)[0] != 9:
+        return WEIGHT_CONFIGS["portable"]
+    return WEIGHT_CONFIGS["large" if cols > 128 and not (rows % 16 or cols % 16) else "medium"]
 
 
 # ---------------------------------------------------------------------------- launches
@@ -368,7 +378,7 @@ def rows_product(
     order, positions, offsets = plan
     (experts, inner, cols), where = w.shape, x.device
     rows, slots = positions.numel(), positions.shape[1]
-    config = config or configuration(rows, experts, cols, x.dtype)
+    config = config or configuration(rows, experts, cols, inner, x.dtype, where)
     bound = max(1, min(rows, rows // config.m + min(experts, rows)))
     tiles = torch.empty(3 * bound + 1, dtype=torch.int32, device=where)
     device.launch(
@@ -404,7 +414,7 @@ def rows_product(
         RANK=rank,
         BLOCK_R=block_r,
         GROUP=_GROUP,
-        FLATTEN=tma,
+        FLATTEN=w_layout is not None,
         num_warps=config.warps,
         num_stages=config.stages,
         enable_fp_fusion=True,
@@ -445,7 +455,7 @@ def weight_product(
     """``Σ_{p of e} alpha a_p^T b_p`` for each expert, (E, columns of a, columns of b) in ``dtype``."""
     order, positions, offsets = plan
     experts, rows, cols = offsets.shape[0] - 1, a.shape[1], b.shape[1]
-    config = config or weight_configuration(rows, cols, a.dtype)
+    config = config or weight_configuration(rows, cols, a.dtype, a.device)
     out = torch.empty(experts, rows, cols, dtype=dtype, device=a.device)
     tiles = device.cdiv(rows, config.m) * device.cdiv(cols, config.n)
     device.launch(
