@@ -12,7 +12,8 @@ What differs between architectures is data: `ARCHITECTURES`. For `llama` (Mistra
 the rows of the q and k projections (rotary pairs side by side); that is undone on the quantised rows, before decoding.
 And it had replaced Llama 3's rope scaling by a tensor of divisors, from which the numbers are recovered. For `gemma` it
 had added 1 to the weights of norms, which is taken off again. Gemma's scale of attention scores is in no file: the rule
-for it, by the number of layers, is llama.cpp's.
+for it, by the number of layers, is llama.cpp's. All experts of a layer are one tensor, of which each gets its rows; a
+`llama` with experts is Mixtral.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; names and conversions: llama.cpp's
 `gguf-py/gguf/tensor_mapping.py` and `convert_hf_to_gguf.py`.
@@ -78,6 +79,7 @@ SANDWICH = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 WINDOW = {"attention.sliding_window": ("sliding_window", int)}
+EXPERTS = {"expert_count": ("num_local_experts", int), "expert_used_count": ("num_experts_per_tok", int)}
 CAP = {"final_logit_softcapping": ("final_logit_softcapping", float)}
 
 
@@ -105,8 +107,14 @@ def _gemma(model_type: str, arch: str) -> dict[str, Any]:
 ARCHITECTURES = {
     "llama": Architecture(
         config={"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"},
-        layers=LAYERS,
-        optional=WINDOW,
+        layers=LAYERS
+        | {
+            "ffn_gate_inp": "block_sparse_moe.gate",
+            "ffn_gate_exps": "block_sparse_moe.experts.{e}.w1",
+            "ffn_up_exps": "block_sparse_moe.experts.{e}.w3",
+            "ffn_down_exps": "block_sparse_moe.experts.{e}.w2",
+        },
+        optional=WINDOW | EXPERTS,
         permuted={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
         divisors=("rope_freqs.weight",),
     ),
@@ -116,6 +124,23 @@ ARCHITECTURES = {
     "qwen3": Architecture(
         config={"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu"},
         layers=LAYERS | HEAD_NORMS,
+    ),
+    "qwen3moe": Architecture(
+        config={
+            "model_type": "qwen3_moe",
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "hidden_act": "silu",
+            "norm_topk_prob": True,  # as llama.cpp computes it
+        },
+        layers=LAYERS
+        | HEAD_NORMS
+        | {
+            "ffn_gate_inp": "mlp.gate",
+            "ffn_gate_exps": "mlp.experts.{e}.gate_proj",
+            "ffn_up_exps": "mlp.experts.{e}.up_proj",
+            "ffn_down_exps": "mlp.experts.{e}.down_proj",
+        },
+        keys=KEYS | EXPERTS | {"expert_feed_forward_length": ("moe_intermediate_size", int)},
     ),
     "phi3": Architecture(
         config={"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_act": "silu"},
@@ -396,6 +421,9 @@ def _entries(path: Path, arch: Architecture, config: dict[str, Any], tensors: di
             target = arch.tensors[name]
         elif match and match[2] in arch.layers and int(match[1]) < config["num_hidden_layers"]:
             target = f"model.layers.{match[1]}.{arch.layers[match[2]]}.{match[3]}"
+            if "{e}" in target:
+                entries |= _split(path, name, target, tensor, config.get("num_local_experts", 0))
+                continue
             if match[2] in arch.permuted:
                 heads = config[arch.permuted[match[2]]]
         else:
@@ -413,6 +441,14 @@ def _entries(path: Path, arch: Architecture, config: dict[str, Any], tensors: di
             )
         entries[target] = _Entry(tensor, heads, arch.norms_plus_one and target.endswith("norm.weight"))
     return entries
+
+
+def _split(path: Path, name: str, target: str, tensor: _Tensor, experts: int) -> dict[str, _Entry]:
+    """The tensor of all experts as one of each; a quantised row stays whole, so that nothing is decoded."""
+    if len(tensor.shape) != 3 or tensor.shape[0] != experts:
+        raise ValueError(f"{path}: tensor {name!r} has shape {tensor.shape}, expected ({experts}, rows, columns)")
+    each = [_Tensor(tensor.type, tensor.shape[1:], rows) for rows in np.split(tensor.rows, experts)]
+    return {target.replace("{e}", str(e)): _Entry(one) for e, one in enumerate(each)}
 
 
 def _config(
@@ -434,9 +470,9 @@ def _config(
         # fp32 widened to double; the shortest decimal with the same fp32 is what config.json said.
         return float(str(np.float32(value))) if kind is float else value
 
-    windows = () if "attention.sliding_window" in {**arch.keys, **arch.optional} else ("attention.sliding_window",)
-    for key in ("expert_count", "expert_used_count", *windows):
-        if take(key, int, 0):
+    known = {**arch.keys, **arch.optional}
+    for key in {**EXPERTS, **WINDOW, "expert_shared_feed_forward_length": None}:
+        if key not in known and take(key, int, 0):
             raise NotImplementedError(f"{path}: {name}.{key}: not supported for this architecture")
     config: dict[str, Any] = dict(arch.config)
     heads, hidden = values.get("attention.head_count"), values.get("embedding_length")
@@ -451,6 +487,8 @@ def _config(
     config |= {to: take(key, kind) for key, (to, kind) in arch.optional.items() if key in values}
     if config.get("sliding_window") == 0:  # none
         config["sliding_window"] = None
+    if not config.get("num_local_experts"):
+        config = {field: value for field, value in config.items() if field not in dict(EXPERTS.values())}
     width = config["head_dim"]
     turned = take("rope.dimension_count", int, width)
     if turned != width and name != "phi3":
@@ -465,7 +503,9 @@ def _config(
     if arch.layers_of_27b:
         per_head = config["hidden_size"] // config["num_attention_heads"]
         config["query_pre_attn_scalar"] = per_head if config["num_hidden_layers"] == arch.layers_of_27b else width
-    if name == "llama" and config.get("sliding_window"):
+    if name == "llama" and "num_local_experts" in config:
+        config |= {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    elif name == "llama" and config.get("sliding_window"):
         config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     elif name == "llama":
         config.pop("sliding_window", None)
