@@ -24,6 +24,7 @@ NOT_OPS = {
     "gluon": "names of Triton's other language; they are tested through the kernels written in it",
     "language": "functions that kernels share; they are tested through every op",
     "low_rank": "the thin passes of linear's adapters; tested through linear",
+    "low_rank_dropout": "the same with dropout; tested through linear",
     "product": "one matrix product, which linear and its likes are made of; tested with linear",
 }
 # ops/ files whose op has no gradient: of the contract's names only `cost`; the rest holds.

@@ -7,10 +7,10 @@ import itertools
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from oprule import ABSENT, DEVICE, DTYPES, check_op, rand, strided
 
-from unsloth_core import autodiff, backend, device, tree
+from unsloth_core import autodiff, backend, device, random, tree
 from unsloth_core.cost import Cost
 from unsloth_core.ops import nf4
 from unsloth_core.reference.nf4 import dequantize as decode
@@ -97,6 +97,33 @@ def test_adapted(n, c, rows, kind, ranks, dtype, frozen, extras):
         factor=FACTOR[dtype],
         judge=eager,
     )
+
+
+@given(
+    n=SIZES,
+    ranks=st.lists(st.sampled_from([0, 3, 16]), min_size=2, max_size=2).filter(any),
+    p=st.sampled_from([0.0, 0.3, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    frozen=st.sampled_from([".base", ".a", ".b"]),
+)
+@settings(max_examples=5)
+def test_dropout_of_adapters_inputs(n, ranks, p, dtype, frozen):
+    """Each adapter has a mask of its own, the one that ops.dropout makes of its key."""
+    rows, c = (9, 17), 24
+    parts = tuple(lora(m, c, r, i, dtype) if r else ABSENT for i, (m, r) in enumerate(zip(rows, ranks)))
+    keys = torch.stack([random.key(i, DEVICE) for i in range(2)])
+    w = Adapted(base=dense(26, c, dtype, 3), parts=parts, rows=rows, key=keys, dropout=p)
+
+    def judge(x, w):
+        y = [x @ base.T for base in w.base.split(rows)]
+        for i, part in enumerate(w.parts):
+            if part is not ABSENT:
+                dropped = backend.reference("dropout")(x, keys[i], p=p)
+                y[i] = y[i] + part.scale * ((dropped @ part.a.to(x.dtype).T) @ part.b.to(x.dtype).T)
+        return torch.cat(y, -1)
+
+    args = (rand((n, c), dtype, seed=1), w)
+    check_op(ops.linear, args, frozen=lambda path: frozen in path, factor=FACTOR[dtype], judge=judge)
 
 
 @pytest.mark.parametrize("path, kind", [("pointers", "dense"), ("descriptors", "stacked"), ("cublas", "stacked")])
@@ -229,6 +256,14 @@ BAD = {
     "w.parts[0].a has shape (2, 7), expected (2, 8)": (
         X,
         Adapted(base=W, parts=(LoRA(a=PART.a[:, :7], b=PART.b, scale=1.0),), rows=(6,)),
+    ),
+    "w.key is (1,) torch.float32, expected (1, 2) torch.int64, a key of random for each part": (
+        X,
+        Adapted(base=W, parts=(PART,), rows=(6,), key=W[0, :1]),
+    ),
+    "w.dropout is 1.5, expected 0 to 1": (
+        X,
+        Adapted(base=W, parts=(PART,), rows=(6,), key=random.key(0, DEVICE)[None], dropout=1.5),
     ),
     "w.parts[1].b has shape (6, 2), expected (4, 2)": (X, Adapted(base=W, parts=(ABSENT, PART), rows=(2, 4))),
     "x has shape (2, 3, 8) and strides (8, 16, 1), which no (N, 8) view covers; pass x.contiguous()": (

@@ -26,6 +26,7 @@ Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314); the LoRA step on the
 tutorials 03 and 09.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -37,7 +38,7 @@ from ..autodiff import custom_vjp, once
 from ..cost import Cost
 from ..tree import ABSENT
 from ..weights import NF4, Adapted, LoRA, Stacked, Weight, shape
-from . import low_rank, nf4, nf4_matvec
+from . import low_rank, low_rank_dropout, nf4, nf4_matvec
 from .checks import check_device, check_dtype
 from .product import choose, product
 
@@ -59,60 +60,65 @@ def linear_fwd(
     dense_MC = ABSENT if coded else dense(base, x.dtype, again=needs[0])  # before what overlaps
     update, overlap = ABSENT, False
     if isinstance(w, Adapted) and any(part is not ABSENT for part in parts):
-        path = choose(x.shape[0], m, x.dtype, x.device, update=True, gradient=False)
-        overlap = path == "descriptors" and not coded
-        u_NR, _, v_MR, _ = low_rank.onto_ranks(low_rank.adapters(w, (m, c)), x, ABSENT, pack="v", overlap=overlap)
+        which = low_rank.adapters(w, (m, c))
+        if w.key is ABSENT:
+            path = choose(x.shape[0], m, x.dtype, x.device, update=True, gradient=False)
+            overlap = path == "descriptors" and not coded
+            u_NR, _, v_MR, _ = low_rank.onto_ranks(which, x, ABSENT, pack="v", overlap=overlap)
+        else:
+            u_NR, v_MR = low_rank_dropout.forward(w, which, x)
         update = (u_NR, v_MR.T)
     if coded:
         y = _product_with_codes(x, base, bias, flat, update)
     else:
         y = product(x, dense_MC.T, bias=bias, add=flat, update=update, overlap=overlap)
-    return y.view(y_shape), (x_NC if tree.any(needs[1]) else ABSENT, w)
+    return y.view(y_shape), (x_NC if _wanted(needs[1]) else ABSENT, w)
 
 
 def linear_bwd(residuals: tuple[Any, Weight], dy_NM: Tensor, *, needs: Any) -> tuple[Any, Any, Any, Any]:
     """``dx``, a gradient node shaped like ``w``, ``dbias`` and ``dadd`` (which is ``dy``); see the formulas above."""
     x_NC, w = residuals
     needs_x, needs_w, needs_bias, needs_add = needs
-    base, parts, rows = _open(w)
+    base, parts, _ = _open(w)
     needs_base, needs_parts, _ = _open(needs_w)
+    wants_parts, wants_base = _adapters_wanted(needs_parts), tree.any(needs_base)
     m, c = shape(w)
-    dy = dy_NM.reshape(math.prod(dy_NM.shape[:-1]), m)
+    dy = _rows(dy_NM)
     x = x_NC if x_NC is ABSENT else _matrix(x_NC, "x")
 
-    dense_MC = dense(base, dy.dtype, again=False) if needs_x else ABSENT
-    dx = update = ABSENT
-    overlap = False
-    d_parts = tuple(ABSENT for _ in parts)
-    adapted = any(part is not ABSENT for part in parts)
-    if isinstance(w, Adapted) and adapted and (needs_x or tree.any(needs_parts)):
+    dense_MC = dense(base, dy.dtype, again=False) if needs_x else ABSENT  # before what overlaps
+    dx = add = update = ABSENT
+    overlap, how, which, da, db = False, None, None, [], []
+    if isinstance(w, Adapted) and any(part is not ABSENT for part in parts) and (needs_x or wants_parts):
         which = low_rank.adapters(w, (m, c))
-        want_a = any(needs_parts[i].a for i in which.index)
-        want_b = [needs_parts[i].b for i in which.index]
-        path = choose(dy.shape[0], c, dy.dtype, dy.device, update=True, gradient=False)
-        overlap = path == "descriptors" and needs_x
-        how = low_rank.cut(which, dy.shape[0], want_a, want_b, dy.device)
-        u_NR, t_NR, a_RC, arrived = low_rank.onto_ranks(
-            which,
-            x if any(want_b) else ABSENT,
-            dy if needs_x or want_a else ABSENT,
-            pack="a" if needs_x else "",
-            tiles=how.a_tiles + how.b_tiles if how.splits > 1 else 0,
-            overlap=overlap,
-        )
-        update = (t_NR, a_RC)
+        want_a, want_b = [needs_parts[i].a for i in which.index], [needs_parts[i].b for i in which.index]
+        if w.key is not ABSENT:
+            add, da, db = low_rank_dropout.backward(w, which, x, dy, needs_x, want_a, want_b)
+        else:
+            path = choose(dy.shape[0], c, dy.dtype, dy.device, update=True, gradient=False)
+            overlap = path == "descriptors" and needs_x
+            how = low_rank.cut(which, dy.shape[0], any(want_a), want_b, dy.device)
+            u_NR, t_NR, a_RC, arrived = low_rank.onto_ranks(
+                which,
+                x if any(want_b) else ABSENT,
+                dy if needs_x or any(want_a) else ABSENT,
+                pack="a" if needs_x else "",
+                tiles=how.a_tiles + how.b_tiles if how.splits > 1 else 0,
+                overlap=overlap,
+            )
+            update = (t_NR, a_RC)
     if needs_x:
-        dx = product(dy, dense_MC, update=update, overlap=overlap).view(*dy_NM.shape[:-1], c)
-    if tree.any(needs_parts):
-        da_RC, db = low_rank.gradients(which, x if want_a else ABSENT, t_NR, dy, u_NR, arrived, how, want_b)
-        d_parts = _adapter_gradients(which, needs_parts, da_RC, db)
+        dx = product(dy, dense_MC, add=add, update=update, overlap=overlap).view(*dy_NM.shape[:-1], c)
+    if which is not None and how is not None and wants_parts:
+        da, db = low_rank.gradients(which, x if any(want_a) else ABSENT, t_NR, dy, u_NR, arrived, how, want_b)
 
     dw = d_base = ABSENT
-    if tree.any(needs_base):
+    if wants_base:
         d_base = _weight_gradient(base, needs_base, x, dy)
-    if isinstance(w, Adapted) and tree.any(needs_w):
-        dw = Adapted(base=d_base, parts=d_parts, rows=rows)
-    elif tree.any(needs_w):
+    if isinstance(w, Adapted) and (wants_base or wants_parts):
+        d_parts = _adapter_gradients(which, needs_parts, da, db) if wants_parts else tuple(ABSENT for _ in parts)
+        dw = dataclasses.replace(w, base=d_base, parts=d_parts, key=ABSENT)
+    elif wants_base:
         dw = d_base
     dbias = ABSENT
     if needs_bias is True:
@@ -182,17 +188,25 @@ def _stack(base: Any) -> tuple[Any, ...]:
     return base.parts if isinstance(base, Stacked) else (base,)
 
 
-def _adapter_gradients(which: low_rank.Adapters, needs: Any, da_RC: Any, db: list[Any]) -> tuple[Any, ...]:
-    """A node for every part, ABSENT where nothing is wanted."""
+def _adapter_gradients(which: Any, needs: Any, da: list[Any], db: list[Any]) -> tuple[Any, ...]:
+    """A node for every part, in the leaves' dtypes, ABSENT where nothing is wanted."""
     gradients = [ABSENT for _ in needs]
-    low = 0
-    for i, part, rank, db_i in zip(which.index, which.parts, which.ranks, db, strict=True):
-        wants = needs[i]
-        if wants.a or wants.b:
-            da = da_RC[low : low + rank].to(part.a.dtype) if wants.a else ABSENT
-            gradients[i] = LoRA(a=da, b=db_i.to(part.b.dtype) if wants.b else ABSENT, scale=part.scale)
-        low += rank
+    for i, part, da_i, db_i in zip(which.index, which.parts, da, db, strict=True):
+        a = da_i.to(part.a.dtype) if needs[i].a else ABSENT
+        b = db_i.to(part.b.dtype) if needs[i].b else ABSENT
+        if a is not ABSENT or b is not ABSENT:
+            gradients[i] = LoRA(a=a, b=b, scale=part.scale)
     return tuple(gradients)
+
+
+def _adapters_wanted(needs: Any) -> bool:
+    return any(need is not ABSENT and (need.a or need.b) for need in needs)
+
+
+def _wanted(needs: Any) -> bool:
+    """``tree.any`` of a weight's needs, without flattening."""
+    base, parts, _ = _open(needs)
+    return _adapters_wanted(parts) or tree.any(base)
 
 
 def _weight_gradient(w: Any, need: Any, x: Tensor, dy: Tensor) -> Any:
@@ -204,6 +218,11 @@ def _weight_gradient(w: Any, need: Any, x: Tensor, dy: Tensor) -> Any:
         each = zip(w.parts, need.parts, dy.split([shape(part)[0] for part in w.parts], dim=1), strict=True)
         return Stacked(parts=tuple(_weight_gradient(part, n, x, d) for part, n, d in each))
     return product(dy.T, x, out_dtype=w.dtype, gradient=True)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(..., M) as (N, M), copied where no view is."""
+    return t if t.ndim == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def _matrix(t: Tensor, name: str) -> Tensor:
@@ -242,6 +261,12 @@ def _check(x: Tensor, w: Weight, bias: Any, add: Any) -> tuple[int, int]:
             r = part.a.shape[0]
             _agree(f"w.parts[{i}].a", part.a, (r, c), x, any_dtype=True)
             _agree(f"w.parts[{i}].b", part.b, (m_i, r), x, any_dtype=True)
+    if isinstance(w, Adapted) and w.key is not ABSENT:
+        if tuple(w.key.shape) != (len(parts), 2) or w.key.dtype != torch.int64:
+            expected = f"({len(parts)}, 2) torch.int64, a key of random for each part"
+            raise ValueError(f"linear: w.key is {tuple(w.key.shape)} {w.key.dtype}, expected {expected}")
+        if not 0.0 <= w.dropout <= 1.0:
+            raise ValueError(f"linear: w.dropout is {w.dropout}, expected 0 to 1")
     if bias is not ABSENT:
         _agree("bias", bias, (m,), x)
     if add is not ABSENT:

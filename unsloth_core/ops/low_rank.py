@@ -13,6 +13,10 @@ product adds on its accumulator, v or a, in that dtype. On Hopper it lets the ne
 and waits for u or t only when its first sum is done. So the thin pass, limited by memory, runs beside products, limited
 by tensor cores.
 
+Blocks are ranks x tokens, or ranks x columns, with at most 32 ranks: on Hopper that makes them products of one warp
+(mma.sync). Reads bound these kernels, and with 64 tokens x 16 ranks on the tensor cores of a warp group (wgmma) ptxas
+12.8, which Triton 3.6 brings, made machine code that read what it should not.
+
 :func:`gradients` makes dA and all dB_i. Few columns times many tokens are few programs, so tokens are split between
 programs; partial sums lie in memory until the last program of a tile has counted its fellows (an integer) and adds
 them in their order: same inputs, same bits.
@@ -21,6 +25,8 @@ Sources: LoRA (arXiv 2106.09685); the low-rank step on the accumulator of the ba
 2510.00206); summing by the last arrival, the threadFenceReduction sample of NVIDIA's CUDA samples.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -51,22 +57,22 @@ def _u_block(
     for i in tl.static_range(len(a)):
         a_rows = tl.where(r >= low, a[i] + (r - low).to(tl.int64) * C, a_rows)
         low += ranks[i]
-    r_inside = (r < low)[None, :]
-    n_inside = (n < N)[:, None]
-    x_rows = x + n[:, None] * x_n
-    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    r_inside = (r < low)[:, None]
+    n_inside = (n < N)[None, :]
+    x_columns = x + n[None, :] * x_n
+    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for start in range(0, C, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        x_at = x_rows + k.to(tl.int64)[None, :] * x_c
-        a_at = a_rows[None, :] + k[:, None]
+        x_at = x_columns + k.to(tl.int64)[:, None] * x_c
+        a_at = a_rows[:, None] + k[None, :]
         if EVEN_K:
             x_tile = tl.load(x_at, mask=n_inside, other=0.0)
             a_tile = tl.load(a_at, mask=r_inside, other=0.0).to(tl.float32)
         else:
-            x_tile = tl.load(x_at, mask=n_inside & (k < C)[None, :], other=0.0)
-            a_tile = tl.load(a_at, mask=r_inside & (k < C)[:, None], other=0.0).to(tl.float32)
-        acc = dot(x_tile, cast(a_tile, x.dtype.element_ty), acc)
-    tl.store(u + n[:, None] * R + r[None, :], cast(acc, u.dtype.element_ty), mask=n_inside & (r < R)[None, :])
+            x_tile = tl.load(x_at, mask=n_inside & (k < C)[:, None], other=0.0)
+            a_tile = tl.load(a_at, mask=r_inside & (k < C)[None, :], other=0.0).to(tl.float32)
+        acc = dot(cast(a_tile, x.dtype.element_ty), x_tile, acc)
+    tl.store(u + n[None, :] * R + r[:, None], cast(acc, u.dtype.element_ty), mask=n_inside & (r < R)[:, None])
 
 
 @triton.jit
@@ -90,20 +96,19 @@ def _t_block(
         rank = tl.where(which == i, ranks[i], rank)
         end += ranks[i]
     past = tl.where(which == len(b) - 1, R - low, rank)  # the last adapter also writes the zeros of the padding
-    n_inside = (n < N)[:, None]
-    r_inside = (r < rank)[None, :]
-    dy_rows = dy + n[:, None] * dy_n
-    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    if block_r * BLOCK_R < past:
-        for first in range(0, height, BLOCK_K):
-            m = first + tl.arange(0, BLOCK_K)
-            dy_at = dy_rows + (start + m).to(tl.int64)[None, :] * dy_m
-            b_at = b_i + m.to(tl.int64)[:, None] * rank + r[None, :]
-            dy_tile = tl.load(dy_at, mask=n_inside & (m < height)[None, :], other=0.0)
-            b_tile = tl.load(b_at, mask=r_inside & (m < height)[:, None], other=0.0).to(tl.float32) * scale
-            acc = dot(dy_tile, cast(b_tile, dy.dtype.element_ty), acc)
-    t_at = t + n[:, None] * R + (low + r)[None, :]
-    tl.store(t_at, cast(acc, t.dtype.element_ty), mask=n_inside & (r < past)[None, :])
+    n_inside = (n < N)[None, :]
+    r_inside = (r < rank)[:, None]
+    dy_columns = dy + n[None, :] * dy_n
+    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for first in range(0, height, BLOCK_K):
+        m = first + tl.arange(0, BLOCK_K)
+        dy_at = dy_columns + (start + m).to(tl.int64)[:, None] * dy_m
+        b_at = b_i + m.to(tl.int64)[None, :] * rank + r[:, None]
+        dy_tile = tl.load(dy_at, mask=n_inside & (m < height)[:, None], other=0.0)
+        b_tile = tl.load(b_at, mask=r_inside & (m < height)[None, :], other=0.0).to(tl.float32) * scale
+        acc = dot(cast(b_tile, dy.dtype.element_ty), dy_tile, acc)
+    t_at = t + n[None, :] * R + (low + r)[:, None]
+    tl.store(t_at, cast(acc, t.dtype.element_ty), mask=n_inside & (r < past)[:, None])
 
 
 @triton.jit
@@ -208,28 +213,28 @@ def _gradients_kernel(
     blocks_r = tl.cdiv(count, BLOCK_R)
     c = (local // blocks_r) * BLOCK_C + tl.arange(0, BLOCK_C)
     r = (local % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c_inside = (c < width)[:, None]
-    r_inside = (r < count)[None, :]
+    c_inside = (c < width)[None, :]
+    r_inside = (r < count)[:, None]
 
     split = tl.program_id(1)
-    columns = src + (start + c).to(tl.int64)[:, None] * src_c
-    ranks_at = thin + (low + r)[None, :]
-    acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    columns = src + (start + c).to(tl.int64)[None, :] * src_c
+    ranks_at = thin + (low + r)[:, None]
+    acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for first in range(split * chunk, tl.minimum(split * chunk + chunk, N), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        src_tile = tl.load(columns + n.to(tl.int64)[None, :] * src_n, mask=c_inside & (n < N)[None, :], other=0.0)
-        thin_tile = tl.load(ranks_at + n.to(tl.int64)[:, None] * R, mask=r_inside & (n < N)[:, None], other=0.0)
-        acc = dot(src_tile, thin_tile, acc)
+        src_tile = tl.load(columns + n.to(tl.int64)[:, None] * src_n, mask=c_inside & (n < N)[:, None], other=0.0)
+        thin_tile = tl.load(ranks_at + n.to(tl.int64)[None, :] * R, mask=r_inside & (n < N)[None, :], other=0.0)
+        acc = dot(thin_tile, src_tile, acc)
     acc *= scale
-    at = c.to(tl.int64)[:, None] * tl.where(of_a, 1, count) + r.to(tl.int64)[None, :] * tl.where(of_a, C, 1)
+    at = c.to(tl.int64)[None, :] * tl.where(of_a, 1, count) + r.to(tl.int64)[:, None] * tl.where(of_a, C, 1)
     if SPLIT:
-        inner = tl.arange(0, BLOCK_C)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+        inner = tl.arange(0, BLOCK_R)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
         mine = partials + tile.to(tl.int64) * tl.num_programs(1) * BLOCK_C * BLOCK_R + inner
         tl.store(mine + split * BLOCK_C * BLOCK_R, acc)
         tl.debug_barrier()  # all threads have stored before one of them counts
         if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == tl.num_programs(1) - 1:
             tl.debug_barrier()
-            total = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+            total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
             for s in range(tl.num_programs(1)):
                 total += tl.load(mine + s * BLOCK_C * BLOCK_R, cache_modifier=".cg")
             tl.store(out + place + at, total, mask=c_inside & r_inside)
@@ -252,7 +257,7 @@ CONFIGS = {
     "gradients": Thin(64, 128, 4, 4),  # inner: columns of a tile
     "interpreted": Thin(32, 32, 4, 2),
 }
-_RANKS = tl.constexpr(32 if device.interpreting() else 64)  # the most that one block has
+_RANKS = 32  # the most that one block has
 _PACKED_COLUMNS = tl.constexpr(2048)  # of a, per program
 _PACKED_ROWS = tl.constexpr(64)  # of v, per program
 
@@ -283,45 +288,71 @@ def adapters(w: Adapted, shape: tuple[int, int]) -> Adapters:
     return Adapters(*zip(*found, strict=True), shape=shape)
 
 
-def onto_ranks(
-    which: Adapters, x: Any, dy: Any, *, pack: str, tiles: int = 0, overlap: bool = False, workers: int | None = None,
-    config: Thin | None = None,
-) -> tuple[Any, Any, Any, Any]:  # fmt: skip
-    """``(u, t, packed, arrived)``: u where ``x`` is given, t where ``dy`` is; ``packed`` is "a" (R, C) or "v" (M, R).
+class _Plan(NamedTuple):
+    """Of a launch of :func:`onto_ranks`: what depends on shapes alone."""
 
-    ``arrived``: ``tiles`` zeros for :func:`gradients`. ``overlap``: the next launch waits for this one by itself.
-    ``workers``: programs that share the blocks of tokens.
-    """
-    some = dy if x is ABSENT else x
-    (m, c), n, R, where = which.shape, some.shape[0], which.width, some.device
-    interpreted = device.interpreting()
-    config = config or CONFIGS["interpreted" if interpreted else "onto ranks" if n > 16 else "onto ranks, few tokens"]
-    u, t = (ABSENT if source is ABSENT else some.new_empty(n, R) for source in (x, dy))
-    packed = some.new_empty(*((R, c) if pack == "a" else (m, R))) if pack else ABSENT
-    arrived = torch.empty(tiles, dtype=torch.int32, device=where) if tiles else ABSENT
-    limit = _RANKS.value
-    u_ranks, t_ranks = (min(limit, device.next_power_of_2(max(16, r))) for r in (R, max(which.ranks)))
-    blocks_n, t_blocks_r = device.cdiv(n, config.tokens), device.cdiv(max(max(which.ranks), 16), t_ranks)
-    t_blocks_r = max(t_blocks_r, device.cdiv(R - sum(which.ranks[:-1]), t_ranks))  # of the padding too
-    u_jobs = 0 if u is ABSENT else blocks_n * device.cdiv(R, u_ranks)
-    t_jobs = 0 if t is ABSENT else blocks_n * len(which.parts) * t_blocks_r
-    workers = max(1, min(u_jobs + t_jobs, workers or u_jobs + t_jobs))
+    width: int  # R
+    packed: tuple[int, int]
+    programs: int
+    counts: tuple[int, int, int, int]  # u_jobs, t_jobs, workers, t_blocks_r
+    options: dict[str, Any]
+
+
+@functools.cache
+def _plan(ranks: tuple[int, ...], shape: tuple[int, int], n: int, u: bool, t: bool, pack: str, overlap: bool) -> _Plan:
+    (m, c), interpreted = shape, device.interpreting()
+    config = CONFIGS["interpreted" if interpreted else "onto ranks" if n > 16 else "onto ranks, few tokens"]
+    R = device.cdiv(sum(ranks), 16) * 16
+    u_ranks, t_ranks = (min(_RANKS, device.next_power_of_2(max(16, r))) for r in (R, max(ranks)))
+    # The last adapter's t has the padding too.
+    blocks_n, t_blocks_r = device.cdiv(n, config.tokens), device.cdiv(max(*ranks, R - sum(ranks[:-1])), t_ranks)
+    u_jobs = blocks_n * device.cdiv(R, u_ranks) if u else 0
+    t_jobs = blocks_n * len(ranks) * t_blocks_r if t else 0
     packing = 0
     if pack:
         packing = R * device.cdiv(c, _PACKED_COLUMNS.value) if pack == "a" else device.cdiv(m, _PACKED_ROWS.value)
-    none = lambda tensor: None if tensor is ABSENT else tensor  # noqa: E731
+    options = {
+        "BLOCK_N": config.tokens,
+        "BLOCK_K": config.inner,
+        "U_RANKS": u_ranks,
+        "T_RANKS": t_ranks,
+        "PACK_RANKS": device.next_power_of_2(R),
+        "EVEN_K": c % config.inner == 0,
+        "PDL": overlap and not interpreted,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+    }
+    workers = u_jobs + t_jobs
+    return _Plan(
+        R, (R, c) if pack == "a" else (m, R), workers + packing, (u_jobs, t_jobs, workers, t_blocks_r), options
+    )
+
+
+def onto_ranks(
+    which: Adapters, x: Any, dy: Any, *, pack: str, tiles: int = 0, overlap: bool = False
+) -> tuple[Any, Any, Any, Any]:
+    """``(u, t, packed, arrived)``: u where ``x`` is given, t where ``dy`` is; ``packed`` is "a" (R, C) or "v" (M, R).
+
+    ``arrived``: ``tiles`` zeros for :func:`gradients`. ``overlap``: the next launch waits for this one by itself.
+    """
+    some = dy if x is ABSENT else x
+    n, has_x, has_dy = some.shape[0], x is not ABSENT, dy is not ABSENT
+    plan = _plan(which.ranks, which.shape, n, has_x, has_dy, pack, overlap)
+    u = some.new_empty((n, plan.width)) if has_x else None
+    t = some.new_empty((n, plan.width)) if has_dy else None
+    packed = some.new_empty(plan.packed) if pack else None
+    arrived = some.new_empty((tiles,), dtype=torch.int32) if tiles else None
+    a, b, scales = zip(*[(p.a.contiguous(), p.b.contiguous(), float(p.scale)) for p in which.parts], strict=True)
     device.launch(
-        _onto_ranks_kernel, (workers + packing,),
-        none(x), none(dy), tuple(p.a.contiguous() for p in which.parts), tuple(p.b.contiguous() for p in which.parts),
-        none(u), none(t), none(packed) if pack == "a" else None, none(packed) if pack == "v" else None, none(arrived),
-        tuple(float(p.scale) for p in which.parts), which.starts, which.rows, which.ranks,
-        n, c, m, R, *((0, 0) if x is ABSENT else x.stride()), *((0, 0) if dy is ABSENT else dy.stride()),
-        u_jobs, t_jobs, workers, t_blocks_r, tiles,
-        BLOCK_N=config.tokens, BLOCK_K=config.inner, U_RANKS=u_ranks, T_RANKS=t_ranks,
-        PACK_RANKS=device.next_power_of_2(R), EVEN_K=c % config.inner == 0, PDL=overlap and not interpreted,
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+        _onto_ranks_kernel, (plan.programs,),
+        x if has_x else None, dy if has_dy else None, a, b,
+        u, t, packed if pack == "a" else None, packed if pack == "v" else None, arrived,
+        scales, which.starts, which.rows, which.ranks, n, which.shape[1], which.shape[0], plan.width,
+        *(x.stride() if has_x else (0, 0)), *(dy.stride() if has_dy else (0, 0)), *plan.counts, tiles,
+        **plan.options,
     )  # fmt: skip
-    return u, t, packed, arrived
+    return ABSENT if u is None else u, ABSENT if t is None else t, packed, arrived
 
 
 class Split(NamedTuple):
@@ -336,45 +367,47 @@ class Split(NamedTuple):
 
 def cut(which: Adapters, n: int, want_a: bool, want_b: Sequence[bool], where: torch.device) -> Split:
     """A function of shapes and device alone, so that the same inputs give the same bits."""
+    return _cut(which.ranks, which.rows, which.shape[1], n, want_a, tuple(want_b), device.sms(where))
+
+
+@functools.cache
+def _cut(
+    ranks: tuple[int, ...], rows: tuple[int, ...], c: int, n: int, want_a: bool, want_b: tuple[bool, ...], sms: int
+) -> Split:  # fmt: skip
     config = CONFIGS["interpreted" if device.interpreting() else "gradients"]
-    ranks = min(_RANKS.value, device.next_power_of_2(max(16, sum(which.ranks) if want_a else max(which.ranks))))
-    a_tiles = device.cdiv(which.shape[1], config.inner) * device.cdiv(sum(which.ranks), ranks) if want_a else 0
-    b_tiles = sum(
-        device.cdiv(rows, config.inner) * device.cdiv(r, ranks)
-        for rows, r, want in zip(which.rows, which.ranks, want_b, strict=True)
-        if want
-    )
+    block = min(_RANKS, device.next_power_of_2(max(16, sum(ranks) if want_a else max(ranks))))
+    a_tiles = device.cdiv(c, config.inner) * device.cdiv(sum(ranks), block) if want_a else 0
+    of_b = [device.cdiv(m, config.inner) * device.cdiv(r, block) for m, r in zip(rows, ranks, strict=True)]
+    b_tiles = sum(itertools.compress(of_b, want_b))
     # Two programs per multiprocessor, but no share of fewer than four steps.
-    splits = max(1, min(2 * device.sms(where) // max(1, a_tiles + b_tiles), n // (4 * config.tokens)))
+    splits = max(1, min(2 * sms // max(1, a_tiles + b_tiles), n // (4 * config.tokens)))
     chunk = max(1, device.cdiv(device.cdiv(n, splits), config.tokens)) * config.tokens
-    return Split(a_tiles, b_tiles, ranks, max(1, device.cdiv(n, chunk)), chunk)
+    return Split(a_tiles, b_tiles, block, max(1, device.cdiv(n, chunk)), chunk)
 
 
 def gradients(
     which: Adapters, x: Any, t: Any, dy: Tensor, u: Any, arrived: Any, how: Split, want_b: Sequence[bool]
-) -> tuple[Any, list[Any]]:  # fmt: skip
-    """``(dA_RC, [dB_i])``, fp32; dA is ABSENT where ``x`` is, dB_i where ``want_b`` says so. One launch."""
+) -> tuple[list[Any], list[Any]]:  # fmt: skip
+    """``([dA_i], [dB_i])``, fp32, in one launch: every dA_i (without ``x`` none), those dB_i that ``want_b`` names."""
     config = CONFIGS["interpreted" if device.interpreting() else "gradients"]
     (_, c), n = which.shape, dy.shape[0]
     total = sum(which.ranks)
     rows = tuple(rows if want else 0 for rows, want in zip(which.rows, want_b, strict=True))
     sizes = [total * c if how.a_tiles else 0, *(m * r for m, r in zip(rows, which.ranks, strict=True))]
-    out = torch.empty(sum(sizes), dtype=torch.float32, device=dy.device)
-    tiles = how.a_tiles + how.b_tiles
-    partials = None
-    if how.splits > 1:
-        partials = torch.empty(tiles * how.splits * config.inner * how.ranks, dtype=torch.float32, device=dy.device)
+    out = dy.new_empty(sum(sizes), dtype=torch.float32)
+    tiles, split = how.a_tiles + how.b_tiles, how.splits > 1
+    partials = dy.new_empty(tiles * how.splits * config.inner * how.ranks, dtype=torch.float32) if split else None
     thin = t if u is ABSENT else u
     device.launch(
         _gradients_kernel, (tiles, how.splits),
         dy if x is ABSENT else x, thin if t is ABSENT else t, dy, thin, out, partials,
-        arrived if how.splits > 1 else None, tuple(float(p.scale) for p in which.parts), which.starts, rows,
+        arrived if split else None, tuple(float(p.scale) for p in which.parts), which.starts, rows,
         which.ranks, n, c, thin.shape[1], *(dy if x is ABSENT else x).stride(), *dy.stride(), how.chunk, how.a_tiles,
         total, sizes[0],
-        BLOCK_C=config.inner, BLOCK_N=config.tokens, BLOCK_R=how.ranks, SPLIT=how.splits > 1,
+        BLOCK_C=config.inner, BLOCK_N=config.tokens, BLOCK_R=how.ranks, SPLIT=split,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     first, *each = out.split(sizes)
-    da = first.view(total, c) if how.a_tiles else ABSENT
+    da = list(first.view(total, c).split(which.ranks)) if how.a_tiles else [ABSENT for _ in which.parts]
     db = [g.view(m, r) if want else ABSENT for g, m, r, want in zip(each, rows, which.ranks, want_b, strict=True)]
     return da, db

@@ -386,12 +386,13 @@ def product(
 
 def _layout(t: Tensor) -> tuple[bool, int] | None:
     """(stored transposed, stride of its rows) if a tensor descriptor can address this matrix, else None."""
-    for transposed, stored in ((False, t), (True, t.T)):
-        stride = stored.stride(0)
-        aligned = stride * t.element_size() % 16 == 0 and device.aligned(t, 16)
-        if stored.stride(1) == 1 and stride >= stored.shape[1] > 0 and stored.shape[0] > 0 and aligned:
-            return transposed, stride
-    return None
+    rows, cols = t.shape
+    stride, inner = t.stride()
+    transposed = inner != 1 or (stride < cols and stride == 1)
+    if transposed:
+        rows, cols, stride, inner = cols, rows, inner, stride
+    fits = inner == 1 and stride >= cols > 0 and rows > 0
+    return (transposed, stride) if fits and stride * t.itemsize % 16 == 0 and device.aligned(t, 16) else None
 
 
 def _torch_product(

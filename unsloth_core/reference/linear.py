@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..tree import ABSENT
 from ..weights import NF4, Adapted, Stacked, Weight
+from .dropout import dropout
 from .nf4 import dequantize
 
 
@@ -14,7 +15,8 @@ def linear(x_NC: Tensor, w: Weight, bias: Tensor | Any = ABSENT, add: Tensor | A
     """``y_NM = x W^T (+ bias_M) (+ scale (x A^T) B^T on the rows of each adapted part) (+ add_NM)``.
 
     The sum is made in (at least) fp32 and rounded once. Rounded to bf16 first, ``x W^T`` swallows the update of a young
-    adapter, which is smaller than half a unit of it, and training starts late.
+    adapter, which is smaller than half a unit of it, and training starts late. With keys, each adapter's input
+    is dropped out, with its own.
     """
     base, parts, rows = (w.base, w.parts, w.rows) if isinstance(w, Adapted) else (w, (), ())
     wide = torch.promote_types(x_NC.dtype, torch.float32)
@@ -27,8 +29,11 @@ def linear(x_NC: Tensor, w: Weight, bias: Tensor | Any = ABSENT, add: Tensor | A
             raise ValueError(f"linear: {what} has dtype {value.dtype}, expected {x_NC.dtype} like x")
     if bias is not ABSENT:
         y = y + bias.to(wide)
-    if any(part is not ABSENT for part in parts):
-        updates = [_update(x, part, m, x_NC.dtype) for part, m in zip(parts, rows, strict=True)]
+    if isinstance(w, Adapted) and any(part is not ABSENT for part in parts):
+        inputs = [x for _ in parts]
+        if w.key is not ABSENT:
+            inputs = [dropout(x_NC, key, p=w.dropout).to(wide) for key in w.key.unbind()]
+        updates = [_update(x_i, part, m, x_NC.dtype) for x_i, part, m in zip(inputs, parts, rows, strict=True)]
         y = y + torch.cat(updates, dim=-1)
     return (y if add is ABSENT else y + add.to(wide)).to(x_NC.dtype)
 
