@@ -277,6 +277,20 @@ def test_errors():
             grouped_linear(*args)
 
 
+@pytest.mark.parametrize("name", backend.NAMES)
+def test_adapters_with_dropout_are_refused(name):
+    _, plan = plan_of(4, 3, 2, 12)
+    w = Adapted(
+        base=weight(3, 5, 8, torch.float32, 3),
+        parts=(adapter(3, 5, 8, 2, torch.float32, 5),),
+        key=torch.zeros(1, 2, dtype=torch.int64, device=DEVICE),
+        rows=(5,),
+        dropout=0.1,
+    )
+    with backend.using(name), pytest.raises(NotImplementedError, match="adapters of experts have no dropout"):
+        grouped_linear(rand((4, 8), seed=1), w, plan)
+
+
 def test_a_quantised_weight_has_no_gradient():
     _, plan = plan_of(4, 3, 2, 12)
     w = nf4.quantize(rand((12, 64), seed=1), double_quant=False)

@@ -28,6 +28,7 @@ Sources: hand-ordered combining and the gate's gradient as a row sum are SonicMo
 in one persistent launch, Triton's tutorial 08; the sort by expert, MegaBlocks (arXiv 2211.15841).
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -40,9 +41,9 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..tree import ABSENT
 from ..weights import NF4, Adapted, LoRA, Stacked, Weight
-from . import nf4
 from .checks import check_device, check_dtype
 from .language import cast, dot
+from .linear import dense
 
 Plan = tuple[Tensor, Tensor, Tensor]
 
@@ -532,8 +533,8 @@ def grouped_linear_fwd(
         h = glu(grouped_linear(x, gate_up, plan))
         y = grouped_linear(h, down, plan, gates, add=residual)
 
-    Raises ValueError for shapes, dtypes, devices or strides that do not fit, NotImplementedError for the gradient of an
-    NF4 weight.
+    Raises ValueError for shapes, dtypes or devices that do not fit, NotImplementedError for the gradient of an NF4
+    weight and for adapters with dropout.
     """
     _check(x, w, plan, gates_NT, add_NM)
     gather = gates_NT is ABSENT
@@ -543,7 +544,7 @@ def grouped_linear_fwd(
         a_ERC, v_EMR = _adapters(w, x, plan)
         u_PR, _ = rows_product(x, a_ERC.transpose(1, 2), plan, gather=gather)
         update = (u_PR, v_EMR.transpose(1, 2))
-    w_EMC = _dense(base, plan, x.dtype)
+    w_EMC = _dense(base, plan, x.dtype, again=needs[0] is True or needs[3] is True)
     y, _ = rows_product(x, w_EMC.transpose(1, 2), plan, gather=gather, update=update)
     if not gather:
         y = _combined(y, plan, gates_NT, add_NM)
@@ -556,7 +557,7 @@ def grouped_linear_bwd(residuals: tuple[Any, ...], dy: Tensor, *, needs: Any) ->
     x, w, plan, gates = residuals
     needs_x, needs_w, _, needs_gates, needs_add = needs
     gather = gates is ABSENT
-    base, parts, rows = _open(w)
+    base, parts, _ = _open(w)
     needs_base, needs_parts, _ = _open(needs_w)
 
     update = t_PR = a_ERC = ABSENT
@@ -571,7 +572,7 @@ def grouped_linear_bwd(residuals: tuple[Any, ...], dy: Tensor, *, needs: Any) ->
     dx = dgates = dw = d_base = ABSENT
     if through:
         other = x if needs_gates is True else ABSENT
-        w_EMC = _dense(base, plan, dy.dtype)
+        w_EMC = _dense(base, plan, dy.dtype, again=False)
         dx, dots = rows_product(
             dy, w_EMC, plan, gather=not gather, update=update, gates=gates, other=other, out=needs_x is True
         )
@@ -589,7 +590,7 @@ def grouped_linear_bwd(residuals: tuple[Any, ...], dy: Tensor, *, needs: Any) ->
         d_base = _weight_gradient(base, needs_base, x, dy, plan, gates)
     if isinstance(w, Adapted) and tree.any(needs_w):
         d_parts = _adapter_gradients(w, needs_parts, x, dy, a_ERC, t_PR, plan, gates)
-        dw = Adapted(base=d_base, parts=tuple(d_parts), rows=rows)
+        dw = dataclasses.replace(w, base=d_base, parts=tuple(d_parts), key=ABSENT)
     elif tree.any(needs_w):
         dw = d_base
     return dx, dw, ABSENT, dgates, dy if needs_add is True else ABSENT
@@ -617,21 +618,10 @@ def _open(w: Any) -> tuple[Any, tuple[Any, ...], tuple[int, ...]]:
     return (w.base, w.parts, w.rows) if isinstance(w, Adapted) else (w, (), ())
 
 
-def _dense(w: Any, plan: Plan, dtype: torch.dtype) -> Tensor:
-    """(E, M, C): a tensor as it is, anything else decoded or gathered into a buffer."""
-    if isinstance(w, Tensor):
-        return w
-    if isinstance(w, NF4):
-        return nf4.dequantize(w).to(dtype)
-    some = tree.leaves(w)[0]
-    sizes = [part.shape[0] for part in w.parts]
-    matrix = torch.empty(sum(sizes), w.parts[0].shape[1], dtype=dtype, device=some.device)
-    for part, rows in zip(w.parts, matrix.split(sizes), strict=True):
-        if isinstance(part, NF4) and part.dtype == dtype:
-            nf4.dequantize(part, out=rows)
-        else:
-            rows.copy_(nf4.dequantize(part) if isinstance(part, NF4) else part)
-    return matrix.view(plan[2].shape[0] - 1, -1, matrix.shape[1])
+def _dense(w: Any, plan: Plan, dtype: torch.dtype, *, again: bool) -> Tensor:
+    """(E, M, C), dense; ``again`` as in :func:`.linear.dense`."""
+    matrix = dense(w, dtype, again=again)
+    return matrix.view(plan[2].shape[0] - 1, -1, matrix.shape[-1]) if isinstance(w, Stacked) else matrix
 
 
 def _placed(w: Adapted) -> list[tuple[int, LoRA, slice, slice]]:
@@ -748,6 +738,8 @@ def _check_weight(w: Weight, E: int, x: Tensor) -> tuple[int, int]:
             _agree("w", part, part.shape, x, x.dtype)
         else:
             check_device("grouped_linear", "w", part.codes, "x", x.device)
+    if isinstance(w, Adapted) and w.key is not ABSENT:
+        raise NotImplementedError("grouped_linear: w.key is given, but adapters of experts have no dropout")
     if isinstance(w, Adapted) and (len(parts) != len(rows) or sum(rows) != m):
         raise ValueError(
             f"grouped_linear: w.rows is {rows} for {len(parts)} parts, expected {len(parts)} numbers with sum {m}"
