@@ -254,6 +254,41 @@ def test_adapting_shares_the_base_and_touches_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, tree.leaves(params), strict=True))
 
 
+def test_dropout_is_pefts_with_a_mask_for_every_module(tmp_path):
+    """PEFT drops out each module's input; given our masks, it computes the same. Another key gives others."""
+    hf, model, params = make()
+    adapters = randomised(lora.init(random.key(0), params, rank=3))
+    plain = model.logits(lora.adapt(params, adapters, dropout=0.4), tokens(hf))
+    assert torch.equal(plain, model.logits(lora.adapt(params, adapters), tokens(hf)))
+    adapted = lora.adapt(params, adapters, dropout=0.4, key=random.key(7, DEVICE))
+    expected = model.logits(adapted, tokens(hf))
+    other = lora.adapt(params, adapters, dropout=0.4, key=random.key(8, DEVICE))
+    assert not torch.allclose(expected, plain, atol=1e-2)
+    assert not torch.allclose(expected, model.logits(other, tokens(hf)), atol=1e-2)
+
+    class Masked(torch.nn.Module):
+        def __init__(self, key):
+            super().__init__()
+            self.key = key
+
+        def forward(self, x):
+            return backend.reference("dropout")(x, self.key, p=0.4)
+
+    lora.save(adapters, tmp_path, model)
+    theirs = peft.PeftModel.from_pretrained(hf, str(tmp_path)).eval()
+    keys = []
+    for layer, ours_ in zip(theirs.base_model.model.model.layers, adapted.layers, strict=True):
+        attention, mlp = layer.self_attn, layer.mlp
+        modules = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        modules += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        own = [key for node in (ours_.qkv, ours_.o, ours_.gate_up, ours_.down) for key in node.key.unbind()]
+        for module, key in zip(modules, own, strict=True):
+            module.lora_dropout["default"] = Masked(key)
+        keys += own
+    assert len({tuple(key.tolist()) for key in keys}) == 14
+    same(theirs(tokens(hf)).logits, expected)
+
+
 @pytest.mark.parametrize("version", ["smollm2", "llama-biases"])
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_merging_equals_adapting(version, quantize):

@@ -91,10 +91,13 @@ def init(
     return adapters
 
 
-def adapt(params: Any, adapters: Adapters) -> Any:
+def adapt(params: Any, adapters: Adapters, *, dropout: float = 0.0, key: Tensor | None = None) -> Any:
     """The same weights with adapters on: differentiable in the adapters, the base untouched and shared.
 
-    Raises ValueError for a module that the model does not have, or adapters whose shape does not fit it.
+    ``dropout``, PEFT's ``lora_dropout``: while training, pass a new ``key`` for every microbatch, and each adapter's
+    input is dropped out with a mask of its own. Without a key nothing is.
+    Raises ValueError for a module that the model does not have, or adapters whose shape does not fit it;
+    NotImplementedError for dropout on experts.
     """
     modules = _modules(params)
     if missing := sorted(set(adapters) - set(modules)):
@@ -116,11 +119,20 @@ def adapt(params: Any, adapters: Adapters) -> Any:
         by_leaf.setdefault(declaration.path, [ABSENT] * len(declaration.modules))[part] = lora
         rows[declaration.path] = tuple(declaration.modules.values())
     values = {}
+    keys: Any = ABSENT
+    dropout = 0.0 if key is None else dropout
+    if dropout and key is not None:
+        if experts_adapted := [path for path in adapters if modules[path][0].experts]:
+            raise NotImplementedError(f"lora.adapt: dropout on experts, here {experts_adapted[0]!r}")
+        keys = random.fold_in(key, torch.arange(sum(map(len, rows.values())), device=key.device)[:, None])
+    first = 0
     for leaf, parts in by_leaf.items():
         base = weights.get(params, leaf)
         if isinstance(base, Adapted):
             raise ValueError(f"lora.adapt: {'.'.join(map(str, leaf))} carries adapters already; merge them first")
-        values[leaf] = Adapted(base=base, parts=tuple(parts), rows=rows[leaf])
+        own = keys if keys is ABSENT else keys[first : first + len(parts)]
+        values[leaf] = Adapted(base=base, parts=tuple(parts), rows=rows[leaf], key=own, dropout=dropout)
+        first += len(parts)
     return weights.replace(params, values)
 
 

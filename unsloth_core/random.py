@@ -20,7 +20,7 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
 
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
-    """A new key from a key and an integer (a step, a layer), which may be a 0-d device tensor."""
+    """A new key from a key and an integer (a step, a layer), which may be a 0-d device tensor; n keys of an (n, 1)."""
     step = (data.to(torch.int64) + 1) * _GOLDEN if isinstance(data, Tensor) else _wrap((data + 1) * _GOLDEN)
     return _mix(key + step)
 
@@ -37,7 +37,7 @@ def generator(key: Tensor) -> torch.Generator:
 
 def _mix(words: Tensor) -> Tensor:
     """SplitMix64's finaliser on each word, the words crossed first; int64 arithmetic wraps, as wanted."""
-    z = words + _GOLDEN * words.flip(0)
+    z = words + _GOLDEN * words.flip(-1)
     z = (z ^ _shift_right(z, 30)) * _MIX_1
     z = (z ^ _shift_right(z, 27)) * _MIX_2
     return z ^ _shift_right(z, 31)
