@@ -425,6 +425,52 @@ def test_every_device_has_tiles_for_every_head_size(capability):
     assert all({t.queries, t.keys} <= powers and t.queries <= 128 for t in tiles)
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="hours in the interpreter: 32,768 rows are 537 million scores a head")
+@pytest.mark.parametrize("statics", [{}, {"softcap": 20.0}, {"window": 4096}], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 8.0], ids=["logits of 1", "logits of 64"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_accuracy_at_32k_tokens(dtype, scale, statics):
+    """Sums of many terms, against float64 taken a thousand queries at a time; PyTorch is its fused attention where that
+    computes the same, and else the reference."""
+    N, H, G, K = 32768, 2, 1, 64
+    whole, _ = packed([N])
+    q, k, v = (
+        rand((N, heads, K), dtype, seed=i, scale=s) for i, (heads, s) in enumerate(((H, scale), (G, scale), (G, 1)))
+    )
+    do = rand((N, H, K), torch.bfloat16, seed=5).to(dtype)
+
+    def by_chunks(f, *tensors):
+        """Like a whole call, but each thousand rows are a call of their own, over the keys up to them."""
+        inputs, o, grads = [t.detach().requires_grad_() for t in tensors], [], None
+        for a in range(0, N, 1024):
+            one = f(inputs[0][a : a + 1024], *(t[: a + 1024] for t in inputs[1:]))
+            got = torch.autograd.grad(one, inputs, do[a : a + 1024].to(one.dtype))
+            grads = got if grads is None else [x + y for x, y in zip(grads, got, strict=True)]
+            o.append(one.detach())
+        return [torch.cat(o), *grads]
+
+    def plain(q, k, v):
+        return reference(q, k, v, segments([0], [len(q)]), segments([0], [len(k)]), **statics)
+
+    def sdpa(q, k, v):
+        batched = [t.transpose(0, 1)[None] for t in (q, k, v)]
+        return torch.nn.functional.scaled_dot_product_attention(*batched, is_causal=True, enable_gqa=True)[0].transpose(
+            0, 1
+        )
+
+    truth = by_chunks(plain, *(t.double() for t in (q, k, v)))
+    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+    if statics or dtype == torch.float32:
+        same = by_chunks(plain, q, k, v)
+    else:
+        o = sdpa(*inputs)
+        same = [o.detach(), *torch.autograd.grad(o, inputs, do)]
+    o = run(*inputs, whole, whole, **statics)
+    ours = [o.detach(), *torch.autograd.grad(o, inputs, do)]
+    for name, a, b, t64 in zip(("o", "dq", "dk", "dv"), ours, same, truth, strict=True):
+        assert_op_rule(a, b.to(dtype), t64, f"attention {name}", FACTOR[dtype])
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="runs every row of the launch table, which is for GPUs")
 @pytest.mark.parametrize("K", [33, 64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
