@@ -1,6 +1,7 @@
 """Declarations expand to names and shapes; a weights tree is rebuilt, read and replaced by path."""
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -55,6 +56,46 @@ def test_a_declaration_expands_to_names_and_rows():
     assert found[("head",)].optional and not found[("embed",)].optional
     names = [name for d in found.values() for name in d.names]
     assert len(set(names)) == len(names)
+
+
+@pytree
+class Sparse:
+    router: torch.Tensor = leaf("E D", "gate.weight", plain=True)
+    gate_up: torch.Tensor = leaf("E 2F D", "experts.{e}.{w1,w3}.weight")
+    down: torch.Tensor = leaf("E D F", "experts.{e}.w2.weight", optional=True)
+
+
+@pytree
+class SparseWeights:
+    layers: tuple[Sparse, ...] = blocks(Sparse, "layers.{i}.moe.")
+
+
+def test_experts_are_one_leaf_with_every_expert_a_part():
+    dims = {**DIMS, "E": 3}
+    router, gate_up, down = weights.declarations(SparseWeights, dims)[3:6]
+    layer = "layers.1.moe."
+    assert (router.names, router.shape, router.linear) == ((f"{layer}gate.weight",), (3, 8), False)
+    assert gate_up.names == tuple(f"{layer}experts.{e}.{w}.weight" for e in range(3) for w in ("w1", "w3"))
+    assert (gate_up.rows, gate_up.rest, gate_up.shape) == ((10,) * 6, (8,), (3, 20, 8))
+    assert gate_up.linear and gate_up.experts == 3
+    assert gate_up.modules == {f"{layer}experts.{{e}}.w1": 10, f"{layer}experts.{{e}}.w3": 10}
+    assert (down.shape, down.modules, down.optional) == ((3, 8, 10), {f"{layer}experts.{{e}}.w2": 8}, True)
+    t = torch.arange(3 * 20 * 8).view(3, 20, 8)
+    parts = weights.split_parts(t, gate_up.rows)
+    assert torch.equal(parts[3], t[1, 10:]) and torch.equal(torch.cat(parts).view(3, 20, 8), t)
+    (whole,) = weights.split_parts(t[:1], (20,))
+    assert torch.equal(whole, t[0])
+    quantised = dataclasses.replace(nf4.quantize(torch.ones(60, 8)), shape=(3, 20, 8))
+    with pytest.raises(ValueError, match="NF4 of shape .3, 20, 8. is one node, expected one of 6 parts"):
+        weights.split_parts(quantised, gate_up.rows)
+    none = weights.declarations(Sparse, {**DIMS, "E": 0})[1]
+    assert (none.names, none.experts) == ((), 0)  # of a dense version
+
+
+def test_layers_may_hold_different_leaves():
+    config = types.SimpleNamespace(dims={**DIMS, "E": 2}, num_hidden_layers=3, has=(frozenset(), {"down"}, frozenset()))
+    found = [d.path for d in weights.declared_leaves(SparseWeights, config)]
+    assert [path for path in found if path[-1] == "down"] == [("layers", 1, "down")] and len(found) == 7
 
 
 def test_llama_declares_what_its_checkpoints_hold():
