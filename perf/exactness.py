@@ -95,13 +95,16 @@ class Judge:
         for path, one in adapters.items():
             for letter, value in (("A", one.a), ("B", one.b)):
                 parameter = found[f"base_model.model.{path}.lora_{letter}.default.weight"]
-                parameter.data = value.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).clone()
+                parameter.data = value.detach().to(dtype if dtype == torch.float64 else torch.float32).clone()
                 self.adapters[f"{path}.{letter.lower()}"] = parameter
-        self.low = dtype == torch.bfloat16
+        self.low, self.exact = dtype == torch.bfloat16, dtype == torch.float64
 
     def loss(self, ids_BT: Tensor) -> Tensor:
-        """Of a batch, under autocast if the weights are bf16, as trainers run it."""
+        """Of a batch, under autocast if the weights are bf16, as trainers run it; its own loss is in fp32 always."""
         ids = ids_BT.to(self.device)
+        if self.exact:
+            logits = self.model(input_ids=ids).logits[:, :-1]
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.low):
             return self.model(input_ids=ids, labels=ids).loss
 
@@ -243,7 +246,7 @@ def model_of(o: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
         return model, params, train_step.random_model.raw_config(o.shape)
     from unsloth_core.hub import open_checkpoint
 
-    model, params = load.load(o.model, device=device, dtype=dtype)
+    model, params = load(o.model, device=device, dtype=dtype)
     return model, params, open_checkpoint(o.model).config
 
 
