@@ -24,7 +24,7 @@ from torch import Tensor
 from . import random, tree, weights
 from .ops import nf4
 from .tree import ABSENT
-from .weights import NF4, Adapted, Declaration, LoRA
+from .weights import NF4, Adapted, Declaration, LoRA, Stacked
 
 if TYPE_CHECKING:
     from .models.decoder import Model
@@ -147,19 +147,19 @@ def merge(params: Any, adapters: Adapters) -> Any:
         node = weights.get(adapted, declaration.path)
         if not isinstance(node, Adapted):
             continue
-        if declaration.experts:
-            base = nf4.dequantize(node.base) if isinstance(node.base, NF4) else node.base
-            parts, along = base.split(node.rows, dim=1), 1  # type: ignore[union-attr]
-        else:
-            parts, along = weights.split_parts(node.base, node.rows), 0
         merged = []
-        for base, lora in zip(parts, node.parts, strict=True):
-            dense = base if isinstance(base, Tensor) else nf4.dequantize(base)
+        for dense, lora in zip(_dense(node.base).view(declaration.shape).split(node.rows, -2), node.parts, strict=True):
             if lora is not ABSENT:
                 dense = (dense.float() + lora.scale * (lora.b.float() @ lora.a.float())).to(dense.dtype)
             merged.append(dense)
-        values[declaration.path] = merged[0] if len(merged) == 1 else torch.cat(merged, along)
+        values[declaration.path] = merged[0] if len(merged) == 1 else torch.cat(merged, -2)
     return weights.replace(params, values)
+
+
+def _dense(w: Tensor | NF4 | Stacked) -> Tensor:
+    if isinstance(w, Stacked):
+        return torch.cat([_dense(part) for part in w.parts])
+    return w if isinstance(w, Tensor) else nf4.dequantize(w)
 
 
 def save(adapters: Adapters, folder: str | os.PathLike[str], model: "Model") -> None:
@@ -274,6 +274,9 @@ def _of_fused(
         rows, width, rank = tuple(d.modules.values()), d.rest[0], A.shape[0] // d.experts
         if A.shape != (rank * d.experts, width) or B.shape != (sum(rows), rank * d.experts) or rank == 0:
             continue
+        if not (A.is_floating_point() and B.is_floating_point()):
+            got = f"{A.dtype} and {B.dtype}, expected floats"
+            raise ValueError(f"lora.load: {file} has for the experts of {layer} {got}")
         _, alpha = _of_module(config, f"{layer}.mlp.experts.{'gate_up_proj' if len(rows) == 2 else 'down_proj'}")
         a, b = A.view(d.experts, rank, width), B.view(-1, rank, d.experts)
         return {

@@ -7,6 +7,7 @@ shapes.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -135,7 +136,12 @@ class Declaration:
 
 def declarations(cls: type, dims: Mapping[str, int]) -> list[Declaration]:
     """Every leaf of a weights class, with the letters of its declaration replaced by ``dims``."""
-    found = []
+    return list(_declarations(cls, tuple(dims.items())))
+
+
+@functools.lru_cache(64)  # a model has thousands of names, and every training step asks for them
+def _declarations(cls: type, items: tuple[tuple[str, int], ...]) -> tuple[Declaration, ...]:
+    dims, found = dict(items), []
     for field in dataclasses.fields(cls):
         if "blocks" in field.metadata:
             block, hf, count = field.metadata["blocks"]
@@ -147,7 +153,7 @@ def declarations(cls: type, dims: Mapping[str, int]) -> list[Declaration]:
                     found.append(dataclasses.replace(inner, path=path, names=names, per_expert=per_expert))
     for name, (letters, hf, optional, plain) in fields_with_leaves(cls):
         found.append(_declaration(name, letters.split(), _names(hf), dims, optional, plain))
-    return found
+    return tuple(found)
 
 
 def declared_leaves(cls: type, config: Any) -> list[Declaration]:
