@@ -65,15 +65,9 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
 
     Raises ValueError for a container without a text model, and for two tensors that would have one name.
     """
-    outer = checkpoint.config
-    model_type = outer.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONTAINERS:
+    config = text_config(checkpoint.config, checkpoint.source)
+    if config is checkpoint.config:
         return checkpoint
-    inner = outer.get("text_config")
-    if not isinstance(inner, dict):
-        raise ValueError(f"{checkpoint.source}: text_config of a {model_type} model is {inner!r}, expected an object")
-    # What the container says about all of its parts.
-    shared = {name: outer[name] for name in ("tie_word_embeddings", "quantization_config") if name in outer}
     stored: dict[str, str] = {}
     for name in checkpoint.names:
         if _OTHER_PARTS.match(name):
@@ -82,4 +76,17 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
         if alone in stored:
             raise ValueError(f"{checkpoint.source}: {name} and {stored[alone]} are one tensor of the text model")
         stored[alone] = name
-    return TextPart(checkpoint, {"model_type": CONTAINERS[model_type], **shared, **inner}, stored)
+    return TextPart(checkpoint, config, stored)
+
+
+def text_config(outer: dict[str, Any], source: str) -> dict[str, Any]:
+    """config.json of the text model inside a multimodal one; any other as it is."""
+    model_type = outer.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONTAINERS:
+        return outer
+    inner = outer.get("text_config")
+    if not isinstance(inner, dict):
+        raise ValueError(f"{source}: text_config of a {model_type} model is {inner!r}, expected an object")
+    # What the container says about all of its parts.
+    shared = {name: outer[name] for name in ("tie_word_embeddings", "quantization_config") if name in outer}
+    return {"model_type": CONTAINERS[model_type], **shared, **inner}

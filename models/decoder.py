@@ -144,7 +144,7 @@ def hidden_and_stats(
     """
     cfg = params.config
     schedule, host = Schedule.of(policy), offload.Host()
-    kept = schedule.policy
+    kept: Policy | None = schedule.policy
     if kept is None and (schedule.tile or backend.resolve(tokens_N) == "triton"):
         kept = dict.fromkeys(("attn",) if schedule.tile else family.SAVED, SAVE)
     rotations = tables(family, cfg, positions_N, max_position, dtype=torch.float32)

@@ -679,7 +679,7 @@ def once(of: Tensor, make: Callable[[], Tensor], *, again: bool) -> Tensor:
     memo = _memo.get()
     if memo is None:
         return _made(make)
-    key = (of.untyped_storage()._cdata, of.storage_offset())
+    key = (of.untyped_storage()._cdata, int(of.storage_offset()))
     value = memo.made.pop(key, None)
     if value is None:
         value = _made(make)

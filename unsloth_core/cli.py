@@ -19,11 +19,14 @@ from typing import Annotated, Any, get_args, get_type_hints
 import torch
 import typer
 
-from . import __version__, catalogue, checkpoint, lora, random, tree
+from . import __version__, catalogue, checkpoint, hub, lora, random, tree
 from .data import read_examples
 from .generate import Prompt, stream
 from .load import load
+from .models.container import text_config
 from .models.decoder import Model
+from .plan import Plan
+from .plan import plan as make_plan
 from .train import OPTIMIZER_STATES, SCHEDULES, Options
 from .train import finetune as run_finetune
 
@@ -142,6 +145,10 @@ def finetune(
             help="TOML file, such as the run.toml of a run, with options from --output on; those given here win."
         ),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Most that tensors may take on the GPU, such as 24GiB: the fastest run that fits is chosen."),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
@@ -166,16 +173,23 @@ def finetune(
     with _one_line_errors(debug):
         chosen = Options.from_toml(config) if config else {}
         chosen |= {name: value for name, value in options.items() if value is not None}
-        if isinstance(names := chosen.get("targets"), str) and names not in ("all-linear", "attention"):
-            chosen["targets"] = [name.strip() for name in names.split(",")]
+        if isinstance(names := chosen.get("targets"), str):
+            chosen["targets"] = _names(names)
         run = Options(**chosen)
         checkpoints = Path(run.output) / "checkpoints"
         examples = read_examples(data)  # before the model, which may take minutes to come
-        bound, params = _load(model, device, dtype, quantize)
+        planned = None
+        if memory is not None:
+            planned = _plan(model, run, memory, None, dtype, quantize)
+            best = planned.best
+            _say(f"{best.describe()}: {best.peak / 2**30:.2f} GiB predicted; `unsloth-core plan` shows what else fits")
+        places = {"embed": planned.best.embed, "head": planned.best.head} if planned else {}
+        bound, params = _load(model, device, dtype, quantize, **places)
         if resume and (last := checkpoint.newest(checkpoints)):
             _say(f"Going on from {last}; --no-resume would start over.")
         try:
-            _, history = run_finetune(bound, params, examples, resume=resume, **dataclasses.asdict(run))
+            policy = planned.schedule if planned else None
+            _, history = run_finetune(bound, params, examples, policy=policy, resume=resume, **dataclasses.asdict(run))
         except KeyboardInterrupt:
             last = checkpoint.newest(checkpoints)
             kept = f"the last checkpoint is {last}: give the same command again to go on" if last else (
@@ -270,6 +284,58 @@ def generate(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(help="A Hub id, a folder with a config.json, that file, or a .gguf file.", metavar="MODEL"),
+    ],
+    *,
+    tokens: Annotated[int, typer.Option(help="Tokens in a microbatch.")] = Options.tokens,
+    memory: Annotated[
+        str | None, typer.Option(help="Most that tensors may take on the GPU, such as 24GiB. Default: any amount.")
+    ] = None,
+    sequence: Annotated[int | None, typer.Option(help="Length of the examples. Default: one of all tokens.")] = None,
+    rank: Annotated[int, typer.Option(help=OPTION_HELP["rank"])] = Options.rank,
+    targets: Annotated[str, typer.Option(help=OPTION_HELP["targets"])] = "all-linear",
+    optimizer_states: Annotated[
+        str, typer.Option(help=OPTION_HELP["optimizer_states"])
+    ] = Options.optimizer_states,
+    accumulate: Annotated[int, typer.Option(help=OPTION_HELP["accumulate"])] = Options.accumulate,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Show the fastest way to fine-tune MODEL in so much memory: what is kept, its size, where the peak is, and the
+    alternatives. From the model's config.json alone; neither weights nor a GPU are needed.
+
+    \b
+    Example:
+      unsloth-core plan meta-llama/Llama-3.1-8B --tokens 8192 --memory 12GiB --quantize nf4
+    """
+    with _one_line_errors(debug):
+        run = Options(
+            tokens=tokens, rank=rank, targets=_names(targets), optimizer_states=optimizer_states, accumulate=accumulate
+        )
+        typer.echo(str(_plan(model, run, memory, sequence, dtype, quantize)))
+
+
+def _names(targets: str) -> str | list[str]:
+    return targets if targets in ("all-linear", "attention") else [name.strip() for name in targets.split(",")]
+
+
+def _plan(
+    source: str, run: Options, memory: str | None, sequence: int | None, dtype: Dtype | None,
+    quantize: Quantization | None,
+) -> Plan:  # fmt: skip
+    config = text_config(hub.read_config(source), source)
+    return make_plan(
+        {**config, "_name_or_path": source}, run.tokens, memory, sequence=sequence, rank=run.rank, targets=run.targets,
+        optimizer_states=run.optimizer_states, accumulate=run.accumulate,
+        quantize=None if quantize is None else quantize.value, dtype=getattr(torch, (dtype or Dtype.bfloat16).value),
+    )  # fmt: skip
+
+
+@app.command()
 def ops(
     op: Annotated[str | None, typer.Argument(help="Show the whole contract of this one.", metavar="NAME")] = None,
     *,
@@ -303,13 +369,16 @@ def _lines() -> Iterator[str]:
             yield text
 
 
-def _load(source: str, device: str | None, dtype: Dtype | None, quantize: Quantization | None) -> tuple[Model, Any]:
+def _load(
+    source: str, device: str | None, dtype: Dtype | None, quantize: Quantization | None, **places: str
+) -> tuple[Model, Any]:
     try:
         where = None if device is None else torch.device(device)
     except RuntimeError:
         raise ValueError(f"--device is {device!r}, expected cuda, cuda:<number> or cpu") from None
     kind = None if dtype is None else getattr(torch, dtype.value)
-    model, params = load(source, device=where, dtype=kind, quantize=None if quantize is None else quantize.value)
+    bits = None if quantize is None else quantize.value
+    model, params = load(source, device=where, dtype=kind, quantize=bits, **places)
     size = f"{tree.nbytes(params) / 2**30:.2f} GiB, {params.embed.dtype}".replace("torch.", "")
     _say(f"{source}: {size}{f', linears in {quantize.value}' if quantize else ''}, on {params.norm.device}")
     return model, params

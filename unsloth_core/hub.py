@@ -120,28 +120,42 @@ def open_checkpoint(source: str, *, revision: str | None = None, token: str | No
     return SafetensorsCheckpoint.open(_download(source, revision, token), source)
 
 
+def read_config(source: str, *, revision: str | None = None, token: str | None = None) -> dict[str, Any]:
+    """The content of config.json (what it would be, of a .gguf file) of what :func:`open_checkpoint` opens; a folder
+    needs no weights for it, and of a Hub id nothing else is downloaded."""
+    path = Path(source).expanduser()
+    if path.name == "config.json" and path.is_file():
+        return _read_object(path)
+    if path.is_dir() and (path / "config.json").is_file():
+        return _read_object(path / "config.json")
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        return open_checkpoint(source, revision=revision, token=token).config  # GGUF, or the error that says what it is
+    return _read_object(_fetch(source, revision, token, ["config.json"]) / "config.json")
+
+
 def _download(repo: str, revision: str | None, token: str | None) -> Path:
     """Folder with the small files and the safetensors of a Hub repository, from the network or the cache."""
-
-    def fetch(revision: str | None, patterns: list[str]) -> Path:
-        try:
-            folder = huggingface_hub.snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns)
-        except Exception as error:  # which errors the client raises depends on its version and HTTP library
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            raise FileNotFoundError(
-                f"{repo}: cannot be fetched from the Hub and is not complete in the local cache "
-                f"({type(error).__name__}: {reason})"
-            ) from error
-        return Path(folder)
-
-    folder = fetch(revision, SMALL_FILES)
+    folder = _fetch(repo, revision, token, SMALL_FILES)
     # Exactly the shards that the index names: repositories often hold the same weights in other forms too.
     # The folder is called after the commit, so both downloads see the same one.
     index = folder / INDEX
     weights = sorted(set(_weight_map(index).values())) if index.is_file() else [SINGLE]
     if all((folder / file).is_file() for file in weights):
         return folder
-    return fetch(folder.name, [*SMALL_FILES, *weights])
+    return _fetch(repo, folder.name, token, [*SMALL_FILES, *weights])
+
+
+def _fetch(repo: str, revision: str | None, token: str | None, patterns: list[str]) -> Path:
+    """Folder with the files of a Hub repository that match."""
+    try:
+        folder = huggingface_hub.snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns)
+    except Exception as error:  # which errors the client raises depends on its version and HTTP library
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise FileNotFoundError(
+            f"{repo}: cannot be fetched from the Hub and is not complete in the local cache "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+    return Path(folder)
 
 
 # ---- a folder of safetensors ----

@@ -16,6 +16,7 @@ from .tree import ABSENT
 from .weights import NF4, Declaration, Stacked, declared_leaves
 
 QUANTIZATIONS = (None, "nf4")
+PLACES = ("device", "host", "nf4")
 
 
 def load(
@@ -26,6 +27,8 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     quantize: str | None = None,
+    embed: str = "device",
+    head: str = "device",
 ) -> tuple[Model, Any]:
     """``model, params = load("HuggingFaceTB/SmolLM2-135M-Instruct")``.
 
@@ -33,12 +36,17 @@ def load(
     ``device``, ``dtype``: default cuda and bfloat16 where there is a GPU, else cpu and float32. ``quantize="nf4"``
     stores the linears of all layers in 4 bits (double quantised, part by part, so that each is what bitsandbytes would
     make of it, but all experts of a layer as one); embedding, head, norms and routers stay ``dtype``.
+    ``embed``, ``head``: "device", or "host" (pinned; for training on a small GPU, which reads what it needs over the
+    link), the head also "nf4". A tied head is the embedding.
     Raises ValueError for a config field that no one handles, for tensors that are missing, left over or misshapen, and
     for a device that is not there;
     NotImplementedError for weights that are stored quantised (bitsandbytes, GPTQ, FP8, ...), other than in GGUF.
     """
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"load: quantize is {quantize!r}, expected one of {QUANTIZATIONS}")
+    for name, place, places in (("embed", embed, PLACES[:2]), ("head", head, PLACES)):
+        if place not in places:
+            raise ValueError(f"load: {name} is {place!r}, expected one of {places}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type not in ("cuda", "cpu"):
         raise ValueError(f"load: device is {str(device)!r}, expected cuda, cuda:<number> or cpu")
@@ -51,13 +59,16 @@ def load(
     family = family_of(checkpoint.config)
     config = family.Config.from_hf(checkpoint.config)
     tokenizer = checkpoint.tokenizer()  # before the weights: what is wrong with it shows at once
-    params = read_weights(checkpoint, family.Weights, config, device=device, dtype=dtype, quantize=quantize)
+    params = read_weights(
+        checkpoint, family.Weights, config, device=device, dtype=dtype, quantize=quantize, embed=embed, head=head
+    )
     return Model(family=family, config=config, tokenizer=tokenizer, source=source), params
 
 
 def read_weights(
-    checkpoint: Any, cls: type, config: Any, *, device: torch.device, dtype: torch.dtype, quantize: str | None = None
-) -> Any:
+    checkpoint: Any, cls: type, config: Any, *, device: torch.device, dtype: torch.dtype, quantize: str | None = None,
+    embed: str = "device", head: str = "device",
+) -> Any:  # fmt: skip
     """The weights of class ``cls`` from a checkpoint; all names, shapes and types are checked before any is read."""
     if stored := checkpoint.config.get("quantization_config"):
         method = stored.get("quant_method") if isinstance(stored, dict) else stored
@@ -75,14 +86,17 @@ def read_weights(
         def make(declaration: Declaration) -> Any:
             if names.isdisjoint(declaration.names) or _is_tied_head(declaration, config.tie_word_embeddings):
                 return ABSENT
-            quantised = quantize == "nf4" and declaration.linear
+            place = {"embed": embed, "head": head}.get(str(declaration.path[0]), "device")
+            quantised = place == "nf4" or (quantize == "nf4" and declaration.linear)
             if quantised and not declaration.experts:
                 parts = []
                 for name in declaration.names:
                     parts.append(nf4.quantize(checkpoint.tensor(name).to(device=device, dtype=dtype)))
                     progress.update()
                 return parts[0] if len(parts) == 1 else Stacked(parts=tuple(parts))
-            stacked = torch.empty(declaration.shape, dtype=dtype, device=device)
+            on_host = place == "host" and device.type == "cuda"
+            where = torch.device("cpu") if on_host else device
+            stacked = torch.empty(declaration.shape, dtype=dtype, device=where, pin_memory=on_host)
             for name, part in zip(declaration.names, weights.split_parts(stacked, declaration.rows), strict=True):
                 part.copy_(checkpoint.tensor(name))
                 progress.update()

@@ -81,8 +81,8 @@ def blocks(host: Tensor, rows: int, device: torch.device) -> Iterator[tuple[slic
     def fetch(i: int) -> None:
         part = host[starts[i] : starts[i] + rows]
         target = buffers[i % 2][: part.shape[0]]
-        if device.type == "meta":
-            coming.append((target, None))
+        if device.type != "cuda":
+            coming.append((target if target.is_meta else target.copy_(part), None))
             return
         with _beside(device, "in") as stream:
             target.copy_(part, non_blocking=True)

@@ -38,10 +38,11 @@ from .train import OPTIMIZER_STATES, make_step
 from .weights import Adapted, declared_leaves
 
 GIB = 2**30
-TILES = (8192, 4096, 2048, 1024)
+LARGEST_TILE = 8192
 LOW_MEMORY_LOGITS = 2**26
 _CUBLAS = 32 * 2**20  # its workspace on Hopper, from PyTorch's pool
 _BLOCK = 512  # what the allocator rounds to
+_WORTH_A_ROW = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Plan:
     """The candidates that are worth looking at, fastest first, and the ``best`` of those that fit."""
 
     title: str
-    tokens: int
+    tokens: int  # of a step
     budget: int | None
     best: Candidate
     candidates: tuple[Candidate, ...]
@@ -159,6 +160,7 @@ def plan(
     targets: str | Sequence[str] = "all-linear",
     quantize: str | None = None,
     optimizer_states: str = "fp32",
+    accumulate: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     embed: str | None = None,
     head: str | None = None,
@@ -168,8 +170,9 @@ def plan(
 
     ``model``: one that is loaded, or the content of a ``config.json``. ``budget``: bytes, or text such as "24GiB"; by
     default no limit. ``sequence``: length of the segments, for the price of attention; default all tokens.
-    ``quantize``, ``rank``, ``targets``, ``optimizer_states`` as for ``load``, ``lora.init`` and ``finetune``. ``embed``, ``head``:
-    "device" or "host"; None lets the plan choose (a tied head is where the embedding is). A pure function of these.
+    ``quantize``, ``rank``, ``targets``, ``optimizer_states`` as for ``load``, ``lora.init`` and ``finetune``.
+    ``embed``, ``head``: "device" or "host"; None lets the plan choose (a tied head is where the embedding is).
+    ``accumulate``: microbatches of ``tokens`` in a step. A pure function of these.
     Raises ValueError for options that are not such, and if nothing fits, with the smallest budget that would."""
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"plan: quantize is {quantize!r}, expected one of {QUANTIZATIONS}")
@@ -182,7 +185,10 @@ def plan(
             raise ValueError(f"plan: {name} is {place!r}, expected 'device', 'host' or None")
     limit = parse_bytes(budget) if isinstance(budget, str) else budget
     length = min(sequence or tokens, tokens)
-    run = _Runs(_Shape.of(model), tokens, length, rank, targets, quantize, optimizer_states, dtype, rates)
+    run = _Runs(
+        _Shape.of(model), tokens=tokens, length=length, rank=rank, targets=targets, quantize=quantize,
+        states=OPTIMIZER_STATES[optimizer_states], accumulate=accumulate, dtype=dtype, rates=rates,
+    )  # fmt: skip
     found: list[Candidate] = []
     for schedules in run.stages():
         for schedule in schedules:
@@ -195,11 +201,11 @@ def plan(
     if not fits:
         least = min(found, key=lambda c: c.peak)
         raise ValueError(
-            f"plan: {title} does not fit into {(limit or 0) / GIB:.2f} GiB; the least is {least.peak / GIB:.2f} GiB "
-            f"({least.describe()})"
+            f"plan: a step on {tokens} tokens does not fit into {(limit or 0) / GIB:.2f} GiB; the least is "
+            f"{math.ceil(least.peak / GIB * 100) / 100:.2f} GiB ({least.describe()})"
         )
     best = min(fits, key=lambda c: (c.seconds, c.peak))
-    return Plan(title, tokens, limit, best, tuple(_frontier(found, best)))
+    return Plan(title, tokens * accumulate, limit, best, tuple(_frontier(found, best)))
 
 
 def parse_bytes(text: str) -> int:
@@ -212,10 +218,10 @@ def parse_bytes(text: str) -> int:
 
 
 def _frontier(found: Iterable[Candidate], best: Candidate) -> Iterator[Candidate]:
-    """Candidates than which no other is both faster and smaller, and the best."""
+    """Candidates that are smaller than every faster one, by enough to be looked at; and the best."""
     least = math.inf
     for c in sorted(found, key=lambda c: (c.seconds, c.peak)):
-        if c.peak < least or c is best:
+        if c.peak < _WORTH_A_ROW * least or c is best:
             least = min(least, c.peak)
             yield c
 
@@ -354,8 +360,8 @@ class _Walk:
 
     def __init__(self, meter: _Meter, layers: int, price: Callable[..., float]) -> None:
         self.meter, self.layers, self.price = meter, layers, price
-        self.places = {"start": _Place("start", meter.now)}
-        self.place = self.places["start"]
+        self.place = _Place("start", meter.now)
+        self.places: dict[Any, _Place] = {"start": self.place}
         self._layer = 0  # layers that are between forward and backward
         self._backward = False
 
@@ -374,6 +380,7 @@ class _Walk:
         if kind == "offload":
             self.place.away += tree.nbytes(what)
         elif kind == "forward":
+            self._backward = False
             self._go(("forward", self._layer))
             self._layer += 1
         elif kind == "backward":
@@ -387,7 +394,7 @@ class _Walk:
 
     def _go(self, name: Any) -> None:
         self.finish()
-        self.place = self.places[name] = _Place(name, self.meter.now)
+        self.place = self.places.setdefault(name, _Place(name, self.meter.now))  # a second microbatch comes by again
         self.meter.peak = self.meter.now
 
     def finish(self) -> None:
@@ -412,12 +419,12 @@ class _Runs:
     """All that is known about one step, with the runs of its schedules."""
 
     def __init__(
-        self, shape: _Shape, tokens: int, length: int, rank: Any, targets: Any, quantize: str | None, states: str,
-        dtype: torch.dtype, rates: Rates,
+        self, shape: _Shape, *, tokens: int, length: int, rank: Any, targets: Any, quantize: str | None, states: Any,
+        accumulate: int, dtype: torch.dtype, rates: Rates,
     ) -> None:  # fmt: skip
         self.shape, self.tokens, self.length, self.rates = shape, tokens, length, rates
         self.rank, self.targets, self.quantize, self.dtype = rank, targets, quantize, dtype
-        self.states = OPTIMIZER_STATES[states]
+        self.states, self.accumulate = states, accumulate
         self.lengths = [length] * (tokens // length) + [tokens % length] * (tokens % length > 0)
         self.batch = data.Batch.of(
             [(np.zeros(n, np.int64), None) for n in self.lengths],
@@ -433,7 +440,8 @@ class _Runs:
     def stages(self) -> Iterator[list[Schedule]]:
         """Schedules to try, as lists; a later list only if nothing of the earlier ones fits."""
         whole = [Schedule(policy) for policy in _policies(self._chain())]
-        tiles = [tile for tile in TILES if 2 * tile <= self.tokens]
+        tiles = [tile for tile in (LARGEST_TILE >> i for i in range(6)) if 4 <= self.tokens / tile <= 16]
+        tiles = tiles or [-(-self.tokens // 8)]
         tiled = [Schedule(policy, tile=tile) for tile in tiles for policy in _policies(["attn", "pre"])]
         yield whole
         yield tiled
@@ -478,7 +486,7 @@ class _Runs:
         with _Meter((params, adapters, state, self.batch)) as meter:
             walk = _Walk(meter, layers, self.price)
             with listening(walk.hear):
-                step(adapters, state, [self.batch])
+                step(adapters, state, [self.batch] * min(self.accumulate, 2))  # of more the peak is no higher
             walk.finish()
         at, last = walk.places, layers - 1
         peaks = {
@@ -538,11 +546,11 @@ class _Runs:
         config = self.shape.config
         seconds = 0.0
         if places[0] == "host":
-            seconds += self.tokens * config.hidden_size * self.dtype.itemsize / self.rates.link
+            seconds += self.accumulate * self.tokens * config.hidden_size * self.dtype.itemsize / self.rates.link
         if places[1] == "host":
             M = self.batch.targets_M.shape[0]
             chunk = _op("linear_cross_entropy").chunk_rows(M, config.vocab_size, False, logits)
-            seconds += 2 * math.ceil(M / chunk) * table / self.rates.link
+            seconds += self.accumulate * 2 * math.ceil(M / chunk) * table / self.rates.link
         return seconds
 
     def _loss(self, logits: int | None, head: str) -> int:
@@ -562,21 +570,21 @@ class _Runs:
     # ---- how long it takes
 
     def _seconds(self, at: dict[Any, _Place], layers: int) -> float:
-        """Of ``layers`` layers, but attention of all: how far it sees is the layer's own."""
+        """Of a step of ``layers`` layers that are like the second, but for how far attention sees in each."""
         config, spec = self.shape.config, self.shape.family.spec
         busy = sum(at[name].seconds for name in ("start", "loss", "update"))
-        calls = sum(place.calls for place in at.values())
         middle = min(1, layers - 1)
         forward, backward = at["forward", middle], at["backward", middle]
-        every = range(self.shape.layers)
-        share = layers / self.shape.layers
-        for i in every:
+        share = layers / self.shape.layers  # windows come in patterns, which a few layers may not show
+        for i in range(self.shape.layers):
             window = spec(config, i).window
             for place in (forward, backward):
                 attention = place.attends * self.attention(window, False)
                 attention += place.attends_back * self.attention(window, True)
-                busy += share * max(place.seconds + attention, forward.away / self.rates.link)
-        return max(busy, calls * self.rates.host)
+                copying = forward.away / self.rates.memory  # beside the computation, but through the same memory
+                busy += share * max(place.seconds + attention + copying, forward.away / self.rates.link)
+        calls = sum(place.calls for place in at.values())
+        return max(busy, calls * self.rates.host) * self.accumulate / min(self.accumulate, 2)
 
     def attention(self, window: int | None, backward: bool) -> float:
         """Seconds of one pass of attention over the batch."""

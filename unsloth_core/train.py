@@ -172,9 +172,11 @@ def make_step(
 
 
 @torch.no_grad()
-def evaluate(model: Model, params: Any, batches: Sequence[Batch]) -> float:
-    """Mean loss per target token over batches."""
-    sums = [model.loss(params, batch)[1] for batch in batches]
+def evaluate(
+    model: Model, params: Any, batches: Sequence[Batch], *, policy: Schedule | Policy | None = None
+) -> float:
+    """Mean loss per target token over batches; ``policy`` as in training, for its tiles."""
+    sums = [model.loss(params, batch, policy=policy)[1] for batch in batches]
     return float(sum(s["loss_sum"] for s in sums) / sum(s["count"] for s in sums))
 
 
@@ -261,7 +263,7 @@ def finetune(
             row["tokens_per_s"] = sum(len(b.tokens_N) for b in micro) / (time.perf_counter() - started)
             row["memory_gib"] = _memory_gib(device)
             if held_out_batches and ((i + 1) % o.eval_every == 0 or i + 1 == steps):
-                row["eval_loss"] = evaluate(model, lora.adapt(params, adapters), held_out_batches)
+                row["eval_loss"] = evaluate(model, lora.adapt(params, adapters), held_out_batches, policy=policy)
             history.append(row)
             log.write(json.dumps(row) + "\n")
             log.flush()

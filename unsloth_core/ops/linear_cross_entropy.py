@@ -56,7 +56,7 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch, next_power_of_2
 from ..tree import ABSENT
-from ..weights import NF4, Weight
+from ..weights import NF4, Weight, shape
 from . import nf4
 from .checks import check_device, check_dtype
 from .cross_entropy import check_options, check_targets, forward_pass, pointer, pointer_and_stride, total
@@ -257,16 +257,16 @@ def linear_cross_entropy_fwd(
     trainable = check_head("linear_cross_entropy", x_ND, w_VD, needs[1])
     check_linear("linear_cross_entropy", x_ND, w_VD, targets_M, rows_M, chunk_logits, away=True)
     check_options("linear_cross_entropy", label_smoothing, z_loss, softcap)
-    (N, D), V, M = x_ND.shape, w_VD.shape[0], targets_M.shape[0]
+    (N, D), V, M = x_ND.shape, shape(w_VD)[0], targets_M.shape[0]
     need_x, need_w = needs[0], trainable
     chunk = chunk_rows(M, V, need_w, chunk_logits)
 
-    def empty(*shape: int, dtype: torch.dtype = x_ND.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x_ND.device)
+    def empty(*sizes: int, dtype: torch.dtype = x_ND.dtype) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device=x_ND.device)
 
     losses = empty(M, dtype=torch.float32)
     x_grad = empty(M, D) if need_x else ABSENT
-    w_grad = empty(V, D, dtype=torch.float32 if chunk < M else w_VD.dtype) if need_w else ABSENT
+    w_grad = empty(V, D, dtype=torch.float32 if chunk < M else x_ND.dtype) if need_w else ABSENT
     if need_w and M == 0:
         w_grad.zero_()
     for part, rows, x, z in chunks_of_logits(x_ND, w_VD, rows_M, M, chunk):

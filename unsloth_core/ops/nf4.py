@@ -164,7 +164,7 @@ def rows(w: NF4, start: int, stop: int) -> NF4:
     m, c = w.shape
     unit = w.block * (1 if w.nested is ABSENT else NESTED_BLOCK)
     if start * c % unit or (stop * c % unit and stop != m):
-        raise ValueError(f"nf4.rows: rows {start} to {stop} of {w.shape} begin or end inside a block of {unit} elements")
+        raise ValueError(f"nf4.rows: rows {start} to {stop} of {w.shape} begin or end in a block of {unit} elements")
     first, last = start * c, stop * c
     nested = w.nested
     if nested is not ABSENT:
