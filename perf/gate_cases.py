@@ -21,9 +21,9 @@ from unsloth_core.optim import multi_tensor
 from unsloth_core.segments import Segments
 from unsloth_core.weights import NF4, Adapted, LoRA, Stacked
 
-attention, attention_decode, grouped_linear, linear, nf4, nf4_matvec = (
+attention, attention_decode, grouped_linear, low_rank, nf4, nf4_matvec, product = (
     importlib.import_module(f"unsloth_core.ops.{op}")
-    for op in ("attention", "attention_decode", "grouped_linear", "linear", "nf4", "nf4_matvec")
+    for op in ("attention", "attention_decode", "grouped_linear", "low_rank", "nf4", "nf4_matvec", "product")
 )
 
 CPU = torch.device("cpu")
@@ -190,6 +190,11 @@ def _weights(r: Random, M: int, C: int) -> Iterator[tuple[str, Any, Callable[[An
     for rank in (8, 64, 128):
         parts = (lora(M // 2, rank), lora(M // 2, rank))
         yield f"two adapters of rank {rank}", Adapted(base=dense, parts=parts, rows=(M // 2, M // 2)), _adapters
+    rows = (M // 2, M // 4, M // 4)
+    parts = tuple(lora(m, 16) for m in rows)
+    yield "three adapters", Adapted(base=dense, parts=parts, rows=rows), _adapters
+    keys = r.ids(3, 1000)[:, None].expand(3, 2).contiguous()
+    yield "three with dropout", Adapted(base=dense, parts=parts, rows=rows, key=keys, dropout=0.1), _adapters
     yield "half of it NF4", Stacked(parts=(nf4.quantize(half), half)), lambda w: []
 
 
@@ -213,8 +218,8 @@ def _products(call: Calls, r: Random, target: Target) -> None:
         a, b = r.normal(rows, inner, dtype=dtype), r.normal(inner, cols, dtype=dtype)
         update = (r.normal(rows, 16, dtype=dtype), r.normal(16, cols, dtype=dtype))
         for path in ("pointers", "descriptors")[: 2 if target.capability[0] == 9 and dtype == BF16 else 1]:
-            call(f"product {rows}x{cols}x{inner} {path}", functools.partial(linear.product, path=path), (a, b))
-            op = functools.partial(linear.product, path=path, update=update)
+            call(f"product {rows}x{cols}x{inner} {path}", functools.partial(product.product, path=path), (a, b))
+            op = functools.partial(product.product, path=path, update=update)
             call(f"product {rows}x{cols}x{inner} {path} update", op, (a, b))
     for dtype in _dtypes(target):
         for nested in (True, False):
@@ -330,16 +335,21 @@ def rows(target: Target) -> Iterator[Row]:
                 facts |= {"HEAD": range(1 if size <= 128 else 129, size + 1)}
                 facts |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
                 yield Row(f"attention_decode.TABLE[{kind!r}, {size}] {dtype}", "attention_decode._attend", facts)
-    hopper = {"large", "medium"}  # of grouped_linear's tables
+    hopper = {"large", "medium", "few"}  # of grouped_linear's tables
     for table, kernel in (("CONFIGS", "_rows_kernel"), ("WEIGHT_CONFIGS", "_weight_kernel")):
         for name, config in getattr(grouped_linear, table).items():
-            here = name not in hopper if target.capability[0] != 9 else name != "portable"
+            here = name not in hopper if target.capability[0] != 9 else "portable" not in name
             if name != "interpreted" and here and (FP32 in _dtypes(target) or not name.startswith("fp32")):
                 facts = {"BLOCK_M": config.m, "BLOCK_N": config.n, "BLOCK_K": config.k}
                 facts |= {"num_warps": config.warps, "num_stages": config.stages}
                 yield Row(f"grouped_linear.{table}[{name!r}]", f"grouped_linear.{kernel}", facts)
-    for name, config in linear.CONFIGS.items():
+    for name, config in product.CONFIGS.items():
         if name != "interpreted" and (FP32 in _dtypes(target) or not name.startswith("fp32")):
             facts = {"BLOCK_M": config.m, "BLOCK_N": config.n, "BLOCK_K": config.k}
             facts |= {"num_warps": config.warps, "num_stages": config.stages}
-            yield Row(f"linear.CONFIGS[{name!r}]", "linear._product_kernel", facts)
+            yield Row(f"product.CONFIGS[{name!r}]", "product._product_kernel", facts)
+    for name, thin in low_rank.CONFIGS.items():
+        if name != "interpreted":
+            kernel, inner = ("gradients", "BLOCK_C") if name == "gradients" else ("onto_ranks", "BLOCK_K")
+            facts = {"BLOCK_N": thin.tokens, inner: thin.inner, "num_warps": thin.warps, "num_stages": thin.stages}
+            yield Row(f"low_rank.CONFIGS[{name!r}]", f"low_rank._{kernel}_kernel", facts)

@@ -43,6 +43,17 @@ from .language import cast, dot
 
 
 @triton.jit
+def _rows_of_a(a, ranks, r, C):
+    """Where each rank's row of a begins, in one of the leaves, and how many ranks there are."""
+    at = a[0] + r.to(tl.int64) * C
+    low = 0
+    for i in tl.static_range(len(a)):
+        at = tl.where(r >= low, a[i] + (r - low).to(tl.int64) * C, at)
+        low += ranks[i]
+    return at, low
+
+
+@triton.jit
 def _u_block(
     x, a, u, ranks, N, C, R, x_n, x_c, job,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_K: tl.constexpr,
@@ -51,13 +62,8 @@ def _u_block(
     blocks_r = tl.cdiv(R, BLOCK_R)
     n = (job // blocks_r).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = (job % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
-    # Each rank's row of a lies in one of the leaves.
-    a_rows = a[0] + r.to(tl.int64) * C
-    low = 0
-    for i in tl.static_range(len(a)):
-        a_rows = tl.where(r >= low, a[i] + (r - low).to(tl.int64) * C, a_rows)
-        low += ranks[i]
-    r_inside = (r < low)[:, None]
+    a_rows, count = _rows_of_a(a, ranks, r, C)
+    r_inside = (r < count)[:, None]
     n_inside = (n < N)[None, :]
     x_columns = x + n[None, :] * x_n
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
@@ -113,24 +119,23 @@ def _t_block(
 
 @triton.jit
 def _pack_a(a, packed, ranks, C, job, BLOCK: tl.constexpr):
-    """A stretch of one row of a_RC; rows past the last rank are zeros."""
+    """Sixteen rows of a_RC; rows past the last rank are zeros."""
     blocks = tl.cdiv(C, BLOCK)
-    r = job // blocks
+    r = (job // blocks) * 16 + tl.arange(0, 16)
     c = (job % blocks) * BLOCK + tl.arange(0, BLOCK)
-    row = a[0]
-    low = 0
-    for i in tl.static_range(len(a)):
-        row = tl.where(r >= low, a[i] + (r - low).to(tl.int64) * C, row)
-        low += ranks[i]
-    value = tl.load(row + c, mask=c < tl.where(r < low, C, 0), other=0.0).to(tl.float32)
-    tl.store(packed + r.to(tl.int64) * C + c, cast(value, packed.dtype.element_ty), mask=c < C)
+    a_rows, count = _rows_of_a(a, ranks, r, C)
+    c_inside = (c < C)[None, :]
+    value = tl.load(a_rows[:, None] + c[None, :], mask=c_inside & (r < count)[:, None], other=0.0).to(tl.float32)
+    at = packed + r.to(tl.int64)[:, None] * C + c[None, :]
+    tl.store(at, cast(value, packed.dtype.element_ty), mask=c_inside)
 
 
 @triton.jit
 def _pack_b(b, packed, scales, starts, rows, ranks, M, R, job, BLOCK: tl.constexpr, RANKS: tl.constexpr):
-    """Some rows of v_MR."""
-    m = job * BLOCK + tl.arange(0, BLOCK)
-    r = tl.arange(0, RANKS)
+    """Some rows and ranks of v_MR."""
+    blocks = tl.cdiv(R, RANKS)
+    m = (job // blocks) * BLOCK + tl.arange(0, BLOCK)
+    r = (job % blocks) * RANKS + tl.arange(0, RANKS)
     value = tl.zeros((BLOCK, RANKS), tl.float32)
     low = 0
     for i in tl.static_range(len(b)):
@@ -148,7 +153,7 @@ def _onto_ranks_kernel(
     x, dy, a, b, u, t, a_packed, b_packed, arrived, scales, starts, rows, ranks,
     N, C, M, R, x_n, x_c, dy_n, dy_m, u_jobs, t_jobs, workers, t_blocks_r, tiles,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, U_RANKS: tl.constexpr, T_RANKS: tl.constexpr,
-    PACK_RANKS: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
+    EVEN_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs below ``workers`` walk over blocks of u and t; each of the others packs some of a or v."""
     if PDL:
@@ -171,7 +176,7 @@ def _onto_ranks_kernel(
         if a_packed is not None:
             _pack_a(a, a_packed, ranks, C, program - workers, _PACKED_COLUMNS)
         if b_packed is not None:
-            _pack_b(b, b_packed, scales, starts, rows, ranks, M, R, program - workers, _PACKED_ROWS, PACK_RANKS)
+            _pack_b(b, b_packed, scales, starts, rows, ranks, M, R, program - workers, _PACKED_ROWS, U_RANKS)
     if arrived is not None:  # for gradients: nobody has counted yet
         for first in range(program * 128, tiles, tl.num_programs(0) * 128):
             tile = first + tl.arange(0, 128)
@@ -255,10 +260,10 @@ CONFIGS = {
     "onto ranks": Thin(64, 128, 4, 4),
     "onto ranks, few tokens": Thin(16, 256, 4, 3),
     "gradients": Thin(64, 128, 4, 4),  # inner: columns of a tile
-    "interpreted": Thin(32, 32, 4, 2),
+    "interpreted": Thin(32, 64, 4, 2),
 }
 _RANKS = 32  # the most that one block has
-_PACKED_COLUMNS = tl.constexpr(2048)  # of a, per program
+_PACKED_COLUMNS = tl.constexpr(256)  # of a, per program
 _PACKED_ROWS = tl.constexpr(64)  # of v, per program
 
 
@@ -310,13 +315,13 @@ def _plan(ranks: tuple[int, ...], shape: tuple[int, int], n: int, u: bool, t: bo
     t_jobs = blocks_n * len(ranks) * t_blocks_r if t else 0
     packing = 0
     if pack:
-        packing = R * device.cdiv(c, _PACKED_COLUMNS.value) if pack == "a" else device.cdiv(m, _PACKED_ROWS.value)
+        of_a, of_b = R // 16 * device.cdiv(c, _PACKED_COLUMNS.value), device.cdiv(m, _PACKED_ROWS.value)
+        packing = of_a if pack == "a" else of_b * device.cdiv(R, u_ranks)
     options = {
         "BLOCK_N": config.tokens,
         "BLOCK_K": config.inner,
         "U_RANKS": u_ranks,
         "T_RANKS": t_ranks,
-        "PACK_RANKS": device.next_power_of_2(R),
         "EVEN_K": c % config.inner == 0,
         "PDL": overlap and not interpreted,
         "num_warps": config.warps,
