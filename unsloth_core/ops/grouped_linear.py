@@ -293,6 +293,7 @@ CONFIGS = {
     "medium": Config(128, 128, 64, 8, 3, 2),
     "portable": Config(128, 128, 32, 8, 4, 2),
     "few": Config(64, 128, 64, 4, 4, 2),  # rows for each expert
+    "portable few": Config(64, 64, 64, 4, 3, 2),
     "decode": Config(16, 64, 128, 4, 4, 4),
     "narrow": Config(128, 16, 64, 4, 3, 2),  # columns: the adapters' skinny products
     "narrow 32": Config(128, 32, 64, 4, 3, 2),
@@ -332,10 +333,10 @@ def configuration(
         return CONFIGS["decode"]
     if cols <= 64:
         return CONFIGS["narrow" if cols <= 16 else "narrow 32" if cols <= 32 else "narrow 64"]
+    if device.capability(where)[0] != 9:
+        return CONFIGS["portable few" if each <= 96 else "portable"]
     if each <= 96:
         return CONFIGS["few"]
-    if device.capability(where)[0] != 9:
-        return CONFIGS["portable"]
     ragged = cols % 16 or inner % 64  # addresses of single elements, for which "large" has no registers
     return CONFIGS["large" if cols > 128 and not ragged else "medium"]
 

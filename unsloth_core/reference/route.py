@@ -10,7 +10,7 @@ from ..tree import ABSENT
 
 def route(
     logits_NE: Tensor, valid_N: Tensor | Any = ABSENT, *, top_k: int, renormalise: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """``(gates_NT, experts_NT, order_P, positions_NT, offsets, prob_sums_E, counts_E)``; see ``ops/route.py``."""
     N, E = logits_NE.shape
     where = logits_NE.device
