@@ -126,19 +126,22 @@ def _steps(
             f"of {cfg.max_position_embeddings} (max_position_embeddings); text beyond it may make no sense",
             stacklevel=3,
         )
-    cache = Cache.empty(
-        cfg.num_hidden_layers, len(ids), capacity, cfg.num_key_value_heads, cfg.head_dim, dtype=dtype, device=device
-    )
-    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
-    tokens_N = torch.tensor([t for tokens in ids for t in tokens], device=device)
-    positions_N = torch.cat([torch.arange(n) for n in lengths]).to(device)
-    q_segments = Segments.packed(cu, max_len=max(lengths))
     one_each = Segments.uniform(len(ids), 1, device)
-    last_B = cu[1:] - 1
     ends, done = set(_tokenizer(model).eos_ids), [False] * len(ids)
+    ropes = {model.family.spec(cfg, i).rope for i in range(cfg.num_hidden_layers)}
+    sequences = [list(tokens) for tokens in ids]  # and what followed, also after an end token
     for step in range(max_new_tokens):
+        length = max(lengths) + step
+        if step == 0 or any(rope.outgrown(length) for rope in ropes):  # the cache is empty, or no longer true
+            cache = Cache.empty(
+                cfg.num_hidden_layers, len(ids), capacity, cfg.num_key_value_heads, cfg.head_dim, dtype=dtype,
+                device=device,
+            )  # fmt: skip
+            tokens_N, positions_N, q_segments = _packed(sequences, device)
+            last_B = q_segments.ends_S - 1
+        # The length of now, not the capacity: long-context rotations depend on it, and text would on max_new_tokens.
         x_ND, cache = hidden_cached(
-            model.family, params, tokens_N, positions_N, q_segments, cache, max_position=capacity - 1
+            model.family, params, tokens_N, positions_N, q_segments, cache, max_position=length - 1
         )
         logits_BV = head_logits(params, x_ND[last_B])
         # -1 where there is no number to choose by: seen with the ids on the host, so it costs no wait of its own
@@ -150,12 +153,22 @@ def _steps(
                     f"generate: logits of token {step + 1} after prompt {i} are NaN: weights or adapter are damaged, "
                     f"or {dtype} is too narrow for this model"
                 )
+            sequences[i].append(token)
             done[i] = done[i] or token in ends
             new.append(None if done[i] else token)
         yield new
         if all(done):
             return
         positions_N, q_segments, last_B = cache.lengths_B.long(), one_each, torch.arange(len(ids), device=device)
+
+
+def _packed(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Segments]:
+    """Tokens and positions of whole sequences, one behind the other, and their segments."""
+    lengths = [len(tokens) for tokens in sequences]
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    tokens_N = torch.tensor([t for tokens in sequences for t in tokens], device=device)
+    positions_N = torch.cat([torch.arange(n) for n in lengths]).to(device)
+    return tokens_N, positions_N, Segments.packed(cu, max_len=max(lengths))
 
 
 def _tokenizer(model: Model) -> Any:

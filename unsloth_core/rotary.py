@@ -213,6 +213,14 @@ class Rotary:
             return self._llama3(f_J)
         return f_J
 
+    def outgrown(self, length: int) -> bool:
+        """Whether keys that were turned when the longest sequence had one token less are of no use at ``length``.
+
+        So it is with longrope, once: where its other list begins, every angle changes. Dynamic's change at every step,
+        but that method leaves the keys there are as they were.
+        """
+        return self.rope_type == "longrope" and length == self.original_max_position_embeddings + 1
+
     def table(
         self, positions_N: Tensor, *, max_position: int, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,13 @@ import torch
 import transformers
 from oprule import DEVICE
 from safetensors.torch import load_file, save_file
-from tiny import BASE, GEMMA3, MIXED, VERSIONS, checkpoint_of, judge, ours
+from tiny import BASE, GEMMA3, MIXED, VERSIONS, checkpoint_of, judge, longrope, ours
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unsloth_core import backend, lora, random, tree
 from unsloth_core.autodiff import SAVE, value_and_grad
 from unsloth_core.data import from_tokens
-from unsloth_core.generate import generate
+from unsloth_core.generate import generate, stream
 from unsloth_core.load import load, named_tensors, read_weights
 from unsloth_core.models import FAMILIES, family_of
 from unsloth_core.ops import nf4
@@ -123,6 +123,27 @@ def test_greedy_equals_transformers(version, tmp_path):
         ids = torch.tensor([model.tokenizer.encode(prompt)], device=DEVICE)
         out = hf.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
         assert text == model.tokenizer.decode(out[0, ids.shape[1] :].tolist())
+
+
+@pytest.mark.parametrize("version", ["phi-4-mini", "llama-3.1"])
+@pytest.mark.parametrize("prompt", ["Hello", "Why?", "a"])
+def test_rotations_follow_the_length_of_now(version, prompt, tmp_path):
+    """Past the first context in the middle of generation, and with room for far more than is needed."""
+    model_type, overrides = VERSIONS[version]
+    rope = {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}}
+    more = longrope(6, original=8) if model_type == "phi3" else {"max_position_embeddings": 8, **rope}
+    judge(model_type, **{**overrides, **more}).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    model, params = load(str(tmp_path), device=DEVICE, dtype=torch.float32)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).to(DEVICE)  # afresh: it remembers lengths
+    ids = torch.tensor([model.tokenizer.encode(prompt)], device=DEVICE)
+    out = hf.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # longer than the context
+        (text,) = generate(model, params, [prompt], max_new_tokens=20)
+        pieces = "".join(stream(model, params, prompt, max_new_tokens=60))
+    assert text == model.tokenizer.decode(out[0, ids.shape[1] :].tolist())
+    assert pieces.startswith(text)
 
 
 @pytest.mark.parametrize("version", [*SOME[:-1], "qwen3-moe"])  # PEFT takes no experts beside dense layers
