@@ -317,15 +317,30 @@ def _products() -> Iterator[Case]:
 
     def lora_costs(args: Any, N: int, M: int, C: int) -> dict[str, Cost]:
         forward = linear(N, args[1])  # dx costs the same; then x is read again, and dA and dB are two thin products
-        return {"fwd": forward, "bwd": forward + Cost(bytes=2 * N * C, flops=2 * N * RANK * (C + M))}
+        ranks = RANK * len(args[1].parts)
+        return {"fwd": forward, "bwd": forward + Cost(bytes=2 * N * C, flops=2 * N * (ranks * C + RANK * M))}
+
+    def adapted(r: Random, rows: tuple[int, ...], C: int) -> Adapted:
+        return Adapted(base=r.matrix(sum(rows), C), parts=tuple(_lora(r, m, C) for m in rows), rows=rows)
 
     yield Case(
         op="linear_lora",  # the base is frozen
         shapes=shapes,
         small=small,
         tiny=tiny,
-        make=lambda r, N, M, C: (r.normal(N, C), Adapted(base=r.matrix(M, C), parts=(_lora(r, M, C),), rows=(M,))),
-        wanted=lambda x, w: [x, w.parts[0].a, w.parts[0].b],
+        make=lambda r, N, M, C: (r.normal(N, C), adapted(r, (M,), C)),
+        wanted=lambda x, w: [x, *(leaf for part in w.parts for leaf in (part.a, part.b))],
+        ours=uc.linear,
+        peers={"torch": backend.reference("linear")},
+        costs=lora_costs,
+    )
+    yield Case(
+        op="linear_lora_qkv",  # three adapters that share an input, on a stack of four, one and one parts in six
+        shapes=((8192, 6144, 4096), (2048, 6144, 4096)),
+        small=(512, 6144, 4096),
+        tiny=(8, 24, 64),
+        make=lambda r, N, M, C: (r.normal(N, C), adapted(r, (M * 4 // 6, M // 6, M // 6), C)),
+        wanted=lambda x, w: [x, *(leaf for part in w.parts for leaf in (part.a, part.b))],
         ours=uc.linear,
         peers={"torch": backend.reference("linear")},
         costs=lora_costs,

@@ -35,8 +35,8 @@ from perf.ops import Case, Shape  # noqa: E402
 # Which globals of unsloth_core/ops/<file>.py hold launch parameters, and the cases whose speed they decide.
 KNOBS = {
     ("attention", "TABLE"): ("attention",),
-    ("product", "CONFIGS"): ("linear", "linear_lora", "linear_nf4"),
-    ("low_rank", "CONFIGS"): ("linear_lora",),
+    ("product", "CONFIGS"): ("linear", "linear_lora", "linear_lora_qkv", "linear_nf4"),
+    ("low_rank", "CONFIGS"): ("linear_lora", "linear_lora_qkv"),
     ("rms_norm", "whole_rows"): ("rms_norm", "add_rms_norm"),
     ("rms_norm", "column_tile"): ("rms_norm", "add_rms_norm"),
     ("glu", "tile_shape"): ("glu",),

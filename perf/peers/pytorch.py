@@ -33,10 +33,10 @@ def glu(gate_up: Tensor) -> Tensor:
 
 
 def linear_lora(x: Tensor, w: Any) -> Tensor:
-    """Three products, as PEFT has them; the adapters are in the dtype of the model."""
-    (part,) = w.parts
-    low = F.linear(x, part.a.to(x.dtype))
-    return F.linear(x, w.base) + part.scale * F.linear(low, part.b.to(x.dtype))
+    """One product and two for each adapter, as PEFT has them; the adapters are in the dtype of the model."""
+    low = [F.linear(x, part.a.to(x.dtype)) for part in w.parts]
+    updates = [part.scale * F.linear(u, part.b.to(x.dtype)) for u, part in zip(low, w.parts, strict=True)]
+    return F.linear(x, w.base) + (updates[0] if len(updates) == 1 else torch.cat(updates, -1))
 
 
 def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
@@ -60,6 +60,7 @@ PEERS = {
     "glu": glu,
     "linear": F.linear,
     "linear_lora": linear_lora,
+    "linear_lora_qkv": linear_lora,
     "linear_cross_entropy": linear_cross_entropy,
     "linear_cross_entropy_low_memory": linear_cross_entropy,
     "linear_logprob": linear_logprob,
