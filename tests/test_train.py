@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tiny import VERSIONS, judge, ours
 
 from unsloth_core import backend, capture, checkpoint, lora, optim, random, train, tree
-from unsloth_core.autodiff import SAVE, value_and_grad
+from unsloth_core.autodiff import INPUT, OFFLOAD, SAVE, value_and_grad
 from unsloth_core.data import Batch
 from unsloth_core.load import load
 from unsloth_core.tokenizer import Tokenizer
@@ -603,6 +603,7 @@ def test_a_picture_of_any_history(tmp_path):
 
 # ---- the step as a CUDA graph
 
+AWAY = {INPUT: OFFLOAD, "attn": OFFLOAD, "mid": OFFLOAD, "qkv": SAVE}
 needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs are recorded and replayed by a GPU alone")
 
 
@@ -634,7 +635,7 @@ def train_on(groups, *, capture, policy=None, quantize=None, state_dtype=torch.f
 
 @needs_cuda
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-@pytest.mark.parametrize("policy", [None, {}], ids=["default", "recompute"])
+@pytest.mark.parametrize("policy", [None, {}, AWAY], ids=["default", "recompute", "offload"])
 @pytest.mark.parametrize("state_dtype", [torch.float32, "8bit"], ids=str)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_captured_step_gives_the_same_bits(accumulate, state_dtype, policy, quantize, monkeypatch):

@@ -5,8 +5,9 @@ graph holds the launches, their arguments and the memory in between. Recording a
 value back and that its shapes are static; ours is such a function (DESIGN §5), and everything that changes from step to
 step (ids, positions, segments, targets, count, rate, step number, clip factor) is a tensor on the device.
 
-The first step of a shape runs as usual, on the buffers that the graph will read: it compiles and loads every kernel and
-fills every table kept on the device, which must not happen while recording. The second is recorded and then replayed,
+The first step of a shape runs as usual, on the buffers that the graph will use: it compiles and loads every kernel and
+fills every table kept on the device, and pins the host memory that a policy offloads to, none of which may happen while
+recording. The second is recorded and then replayed,
 as are all later ones. The kernels and their arguments are those of the step itself, so are the bits of its results.
 
 ``torch.cuda.graph`` (PyTorch's documentation, "CUDA Graphs") gives the recording its own stream and memory pool, also
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tree
+from . import offload, tree
 from .data import Batch
 
 MOST = 16  # shapes of a run that become graphs; each holds a few MiB on the device
@@ -59,12 +60,13 @@ class Captured:
                 return self._run(adapters, state, microbatches)
             buffers = [leaf.clone() for leaf in leaves]
             recording = self._recordings[signature] = _Recording(buffers, tree.unflatten(buffers, spec))
-            return self._run(adapters, state, recording.microbatches)
+            with offload.keeping(recording.host):
+                return self._run(adapters, state, recording.microbatches)
         for buffer, leaf in zip(recording.buffers, leaves):
             buffer.copy_(leaf)
         if recording.graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with offload.keeping(recording.host), torch.cuda.graph(graph, pool=self._pool):
                 _, _, recording.metrics = self.step(adapters, state, recording.microbatches)
             recording.graph, self._pool = graph, graph.pool()
         recording.graph.replay()
@@ -97,10 +99,11 @@ class Captured:
 
 
 class _Recording:
-    """One shape: the buffers that batches are copied to, and the graph that reads them."""
+    """One shape: the buffers that its graph reads and writes, and the graph."""
 
     def __init__(self, buffers: list[Tensor], microbatches: Sequence[Batch]) -> None:
         self.buffers, self.microbatches = buffers, microbatches
+        self.host: list[Tensor] = []  # pinned, for what a policy offloads
         self.graph: torch.cuda.CUDAGraph | None = None
         self.metrics: dict[str, Tensor] = {}
 

@@ -17,7 +17,9 @@ Source of the idea: vDNN (Rhu et al. 2016, arXiv 1602.08124): offload forward, p
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -124,9 +126,35 @@ def _fetch(parcel: Parcel, device: torch.device) -> None:
 
 def _away(t: Tensor) -> Any:
     if t.is_cuda:
-        return torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
+        return _pinned(t).copy_(t, non_blocking=True)
     # A buffer of the same layout, so that it comes back as it was.
     return (t.shape, torch.empty_like(t).stride(), t.dtype) if t.is_meta else torch.empty_like(t).copy_(t)
+
+
+def _pinned(like: Tensor) -> Tensor:
+    """From PyTorch's pool, or what is next of those that :func:`keeping` was given."""
+    kept = _kept.get()
+    if kept is None:
+        return torch.empty_like(like, device="cpu", pin_memory=True)
+    buffers, at = kept
+    i = next(at)
+    if i == len(buffers):
+        buffers.append(torch.empty_like(like, device="cpu", pin_memory=True))
+    return buffers[i]
+
+
+_kept: ContextVar["tuple[list[Tensor], Iterator[int]] | None"] = ContextVar("unsloth_core_kept", default=None)
+
+
+@contextlib.contextmanager
+def keeping(buffers: list[Tensor]) -> Iterator[None]:
+    """Pinned buffers are those of ``buffers``, in order; what it lacks is added. So a second pass of the same shapes
+    has the addresses of the first and allocates none, as a CUDA graph needs."""
+    token = _kept.set((buffers, itertools.count()))
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 def _back(t: Any, device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint, data, lora, optim, random, tree
-from .autodiff import OFFLOAD, Policy, value_and_grad
+from .autodiff import Policy, value_and_grad
 from .capture import Captured
 from .data import Batch
 from .lora import Adapters
@@ -141,13 +141,10 @@ def make_step(
     Gradients of the microbatches are summed in fp32, each loss divided by the number of targets of all of them: the
     gradient of one large batch. ``adapters`` and ``state`` are donated. metrics: ``loss``, ``grad_norm``, ``targets``,
     0-d. ``capture``: as a CUDA graph, the same results to the bit (see :mod:`unsloth_core.capture` for what is static
-    then); ValueError on a CPU, NotImplementedError with a policy that offloads.
+    then); ValueError on a CPU.
     """
     if capture and params.norm.device.type != "cuda":
         raise ValueError(f"make_step: capture, but the weights are on {params.norm.device}, expected cuda")
-    kept = Schedule.of(policy).policy or {}
-    if capture and OFFLOAD in kept.values():
-        raise NotImplementedError(f"make_step: capture with policy {dict(kept)}, but {OFFLOAD} cannot be captured yet")
     gradient = value_and_grad(
         lambda adapters, batch, count: model.loss(lora.adapt(params, adapters), batch, count=count, policy=policy),
         has_aux=True,
@@ -172,9 +169,7 @@ def make_step(
 
 
 @torch.no_grad()
-def evaluate(
-    model: Model, params: Any, batches: Sequence[Batch], *, policy: Schedule | Policy | None = None
-) -> float:
+def evaluate(model: Model, params: Any, batches: Sequence[Batch], *, policy: Schedule | Policy | None = None) -> float:
     """Mean loss per target token over batches; ``policy`` as in training, for its tiles."""
     sums = [model.loss(params, batch, policy=policy)[1] for batch in batches]
     return float(sum(s["loss_sum"] for s in sums) / sum(s["count"] for s in sums))
