@@ -9,11 +9,24 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unsloth_core import backend, tree
-from unsloth_core.autodiff import RECOMPUTE, SAVE, remat, residual_report, value_and_grad
+from unsloth_core.autodiff import (
+    INPUT,
+    OFFLOAD,
+    RECOMPUTE,
+    SAVE,
+    listening,
+    remat,
+    residual_report,
+    tiled,
+    value_and_grad,
+)
+from unsloth_core.ops import nf4
 from unsloth_core.ops.glu import glu
 from unsloth_core.ops.linear import linear
+from unsloth_core.ops.linear_cross_entropy import linear_cross_entropy
 from unsloth_core.ops.rms_norm import rms_norm
 from unsloth_core.tree import ABSENT
+from unsloth_core.weights import Adapted, LoRA, Stacked
 
 N, D, F = 6, 8, 16
 POLICIES = [{}, {"up": SAVE}, {"act": SAVE}, {"up": SAVE, "down": SAVE}, {"norm": SAVE, "up": RECOMPUTE}]
@@ -120,8 +133,10 @@ def test_frozen_leaves_cost_no_gradient():
 def test_a_typo_in_the_policy_is_refused():
     with pytest.raises(ValueError, match=r"remat: policy names \['upp'\], but the calls of this layer are"):
         value_and_grad(loss({"upp": SAVE}))(weights())
-    with pytest.raises(ValueError, match=r"remat: policy\['up'\] is 'keep', expected 'save' or 'offload' or 'recompute'"):
+    with pytest.raises(ValueError, match=r"policy\['up'\] is 'keep', expected 'save' or 'offload' or 'recompute'"):
         remat(layer, {"up": "keep"})
+    with pytest.raises(ValueError, match=r"policy\['layer input'\] is 'recompute', expected 'save' or 'offload'"):
+        remat(layer, {INPUT: RECOMPUTE})
 
 
 def test_a_closure_that_wants_a_gradient_is_refused():
@@ -142,3 +157,173 @@ def test_without_gradients_a_layer_just_runs():
     w, x = weights()[0], torch.randn(N, D, device=DEVICE)
     assert torch.equal(remat(layer, {"up": SAVE})(w, x), layer(w, x))
     assert remat(layer, None) is layer and ABSENT is not None
+
+
+# ---------------------------------------------------------------------------------------------- NF4 decoded once
+
+
+def quantised(seed=0):
+    """A layer as fine-tuned: NF4 (one of them of two parts), adapters on top."""
+    g = torch.Generator().manual_seed(seed)
+    make = lambda *shape: (torch.randn(shape, generator=g) * 0.3).to(DEVICE)  # noqa: E731
+    lora = lambda m, c: LoRA(a=make(2, c), b=make(m, 2), scale=0.5)  # noqa: E731
+    up = Stacked(parts=(nf4.quantize(make(F, D)), nf4.quantize(make(F, D))))
+    return {
+        "norm": 1 + make(D),
+        "up": Adapted(base=up, parts=(lora(F, D), ABSENT), rows=(F, F)),
+        "down": Adapted(base=nf4.quantize(make(D, F)), parts=(lora(D, F),), rows=(D,)),
+    }
+
+
+def trained(ws):
+    """The adapters of :func:`quantised` layers."""
+    return [{name: w[name].parts for name in ("up", "down")} for w in ws]
+
+
+def loss_of_adapters(ws, run):
+    def f(adapters):
+        x = torch.randn(N, D, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        for w, parts in zip(ws, adapters, strict=True):
+            put = {n: Adapted(base=w[n].base, parts=parts[n], rows=w[n].rows) for n in parts}
+            x = run({**w, **put}, x)
+        return x.square().mean()
+
+    return f
+
+
+def decodings(monkeypatch, f, adapters):
+    """How often forward and backward of ``f`` launch the kernel that decodes; and value and gradients."""
+    count = {"forward": 0, "backward": 0}
+    place = ["forward"]
+    launch = nf4.device.launch
+
+    def counted(kernel, *args, **options):
+        count[place[0]] += kernel is nf4._dequantize_kernel
+        return launch(kernel, *args, **options)
+
+    def hear(phase, op, name, what, statics, needs):
+        if phase == "layer" and op in count:
+            place[0] = op
+
+    with monkeypatch.context() as patch, listening(hear):
+        patch.setattr(nf4.device, "launch", counted)
+        found = value_and_grad(f)(adapters)
+    return count, found
+
+
+@pytest.mark.parametrize(
+    ("policy", "once", "forward", "backward"),
+    [
+        # up is of two parts; its recomputation needs it, and dX needs it and down
+        ({}, True, 3, 3),
+        ({}, False, 3, 5),
+        ({"up": SAVE}, True, 3, 3),
+        ({"up": SAVE}, False, 3, 3),
+    ],
+)
+def test_a_layer_decodes_each_weight_once_in_either_direction(monkeypatch, policy, once, forward, backward):
+    ws = [quantised(0), quantised(1)]
+    run = remat(layer, policy, decode_once=once)
+    with backend.using("triton"):
+        count, found = decodings(monkeypatch, loss_of_adapters(ws, run), trained(ws))
+        plain = value_and_grad(loss_of_adapters(ws, layer))(trained(ws))
+    # The first layer's x wants no gradient, so its up is not read for dX.
+    saved = 2 if policy or not once else 0
+    assert count == {"forward": 2 * forward, "backward": 2 * backward - saved}
+    for (path, a), (_, b) in zip(tree.items(found), tree.items(plain), strict=True):
+        assert torch.equal(a, b), path
+
+
+def test_what_was_decoded_is_forgotten_with_its_layer():
+    """The memory of one layer: what both directions of a product read is let go as soon as nobody reads it again."""
+    ws = [quantised(i) for i in range(3)]
+    sizes = []
+
+    def hear(phase, op, name, what, statics, needs):
+        if phase == "decode":
+            sizes.append(StorageWeakRef(what[0].untyped_storage()))
+        if phase == "layer" and op == "end":
+            gc.collect()
+            assert sum(not ref.expired() for ref in sizes) <= 1  # the one that a frame of the last call may still hold
+
+    with backend.using("triton"), listening(hear):
+        value_and_grad(loss_of_adapters(ws, remat(layer, {})))(trained(ws))
+    assert len(sizes) == 3 * 4
+
+
+# --------------------------------------------------------------------------------------------------------- tiles
+
+
+def mlp(w, x, targets):
+    """A token-local function with something to add up."""
+    return layer(w, x), linear_cross_entropy(x, w["up"], targets, name="loss")
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [(1, "reference"), (4, "reference"), (4, "triton"), (N, "reference"), (100, "triton")]
+)
+def test_tiles_give_the_same_gradients(size, name):
+    ws = weights()
+
+    def f(run):
+        def of(ws):
+            x = torch.randn(N, D, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+            total = 0
+            for w in ws:
+                x, more = run(w, x, torch.arange(N, device=DEVICE))
+                total = total + more
+            return x.square().mean() + total
+
+        return of
+
+    with backend.using(name):
+        want = value_and_grad(f(mlp))(ws)
+        tiles = tiled(mlp, size, name="mlp", sums=(False, True))
+        found = value_and_grad(f(tiles))(ws)
+        inside = value_and_grad(f(remat(lambda w, x, t: tiles(w, x, t), {"mlp": SAVE})))(ws)
+    for (path, a), (_, b), (_, c) in zip(tree.items(want), tree.items(found), tree.items(inside), strict=True):
+        torch.testing.assert_close(b, a, rtol=2e-5, atol=2e-6, msg=path)
+        assert torch.equal(b, c), path  # with a policy around or without
+
+
+def test_a_tiled_call_keeps_its_arguments_alone_and_is_never_replayed_for_nothing():
+    tiles = tiled(layer, 2, name="mlp")
+    heard = []
+
+    def f(ws):
+        x = torch.randn(N, D, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        for w in ws:
+            x = remat(lambda w, x: tiles(w, x), {})(w, x)
+        return x.square().mean()
+
+    report = residual_report(f, weights())
+    assert {row.name: row.fate for row in report.rows} == {INPUT: SAVE, "mlp": "dead"}
+    assert report.bytes == N * D * 4  # the stream between the two layers
+    with backend.using("triton"), listening(lambda phase, op, name, *_: heard.append((phase, name))):
+        value_and_grad(f)(weights())
+    for name, forward, backward in (("up", 6 + 6, 6), ("down", 6, 6), ("norm", 6 + 6, 6), ("act", 6 + 6, 6)):
+        assert heard.count(("forward", name)) == forward and heard.count(("backward", name)) == backward, name
+
+
+def test_tiles_decode_each_weight_once_in_either_direction(monkeypatch):
+    ws = [quantised(0)]
+    with backend.using("triton"):
+        count, found = decodings(monkeypatch, loss_of_adapters(ws, tiled(layer, 2, name="mlp")), trained(ws))
+        tiles = tiled(layer, 2, name="mlp", decode_once=False)
+        each, same = decodings(monkeypatch, loss_of_adapters(ws, tiles), trained(ws))
+    assert sum(count.values()) == 3 + 3 and sum(each.values()) == 3 * (3 + 3)
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(found), tree.leaves(same), strict=True))
+
+
+def test_a_tiled_function_that_does_not_keep_its_rows_is_refused():
+    x = torch.randn(N, D, device=DEVICE, requires_grad=True)
+    with pytest.raises(ValueError, match=r"tiled: f returns a tensor of shape \(\) for 2 rows, expected \(rows, ...\)"):
+        tiled(lambda w, x: x.sum(), 2, name="f")((), x)
+    with pytest.raises(ValueError, match="tiled: size is 0, expected at least 1"):
+        tiled(layer, 0, name="f")
+
+
+def test_offload_is_a_fate_of_its_own():
+    report = residual_report(loss({"up": OFFLOAD, INPUT: OFFLOAD}), weights())
+    fates = {row.name: row.fate for row in report.rows}
+    assert fates["up"] == fates[INPUT] == OFFLOAD and report.bytes == 0
