@@ -6,8 +6,12 @@
 
 x (..., C), W (M, C), bias (M,), add and y (..., M), a (R, C), v (M, R), u and t (N, R); R is the sum of the ranks.
 ``v`` is block-diagonal, so adapters on some parts of a stacked projection, with different ranks, are one more R-wide
-step on the accumulator of one base product; bias and add join in the same epilogue. All adapters together cost one
-skinny product forward (u) and two backward (t, dA), and one per part (dB).
+step on the accumulator of one base product; bias and add join in the same epilogue.
+
+Launches, of a dense frozen base with adapters: forward 2, one for u and v of all adapters (:mod:`.low_rank`) and one
+:mod:`.product`; backward 3, one for u, t and a, the product, and one for dA and dB of all adapters. Without adapters
+one each way. An NF4 part adds one to each that decodes it. With dropout on the adapters' inputs nothing is shared
+between adapters (:mod:`.low_rank_dropout`).
 
 Residuals: x if a dense weight or an adapter needs its gradient, and the weight node itself: arguments, 0 new bytes.
 u, a and v are rebuilt in backward (2·N·C·R FLOPs against the 2·N·C·M of the product).
@@ -21,9 +25,7 @@ the backward pass of a remat layer the recomputed forward hands that buffer on t
 at most 8 tokens without gradient of x, as in cached generation, NF4 is not decoded to memory: :mod:`.nf4_matvec`.
 Limits: x and add must be viewable as (N, C) and (N, M); a dy that is not is copied. NF4 has no gradient.
 
-Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314); the LoRA step on the accumulator is LoRAFusion's idea
-(arXiv 2510.00206). The tile order that keeps operands in L2 and the persistent loop over tiles are those of Triton's
-tutorials 03 and 09.
+Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314), rank-stabilised scales are :mod:`unsloth_core.lora`'s.
 """
 
 import dataclasses
@@ -58,7 +60,7 @@ def linear_fwd(
     flat = add if add is ABSENT else _matrix(add, "add")
     coded = not needs[0] and _stays_coded(x, base)
     dense_MC = ABSENT if coded else dense(base, x.dtype, again=needs[0])  # before what overlaps
-    update, overlap = ABSENT, False
+    update, overlap, blocks = ABSENT, False, None
     if isinstance(w, Adapted) and any(part is not ABSENT for part in parts):
         which = low_rank.adapters(w, (m, c))
         if w.key is ABSENT:
@@ -67,11 +69,11 @@ def linear_fwd(
             u_NR, _, v_MR, _ = low_rank.onto_ranks(which, x, ABSENT, pack="v", overlap=overlap)
         else:
             u_NR, v_MR = low_rank_dropout.forward(w, which, x)
-        update = (u_NR, v_MR.T)
+        update, blocks = (u_NR, v_MR.T), which.blocks
     if coded:
         y = _product_with_codes(x, base, bias, flat, update)
     else:
-        y = product(x, dense_MC.T, bias=bias, add=flat, update=update, overlap=overlap)
+        y = product(x, dense_MC.T, bias=bias, add=flat, update=update, blocks=blocks, overlap=overlap)
     return y.view(y_shape), (x_NC if _wanted(needs[1]) else ABSENT, w)
 
 

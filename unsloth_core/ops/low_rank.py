@@ -257,7 +257,8 @@ class Thin(NamedTuple):
 
 
 CONFIGS = {
-    "onto ranks": Thin(64, 128, 4, 4),
+    "onto ranks": Thin(32, 256, 4, 3),
+    "beside products": Thin(32, 64, 4, 3),  # as little shared memory as the product leaves
     "onto ranks, few tokens": Thin(16, 256, 4, 3),
     "gradients": Thin(64, 128, 4, 4),  # inner: columns of a tile
     "interpreted": Thin(32, 64, 4, 2),
@@ -282,6 +283,11 @@ class Adapters(NamedTuple):
         """R: the sum of the ranks, a multiple of 16."""
         return device.cdiv(sum(self.ranks), 16) * 16
 
+    @property
+    def blocks(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Rows and ranks of v's blocks, if they cover all rows."""
+        return (self.rows, self.ranks) if sum(self.rows) == self.shape[0] else None
+
 
 def adapters(w: Adapted, shape: tuple[int, int]) -> Adapters:
     """Those of ``w``, whose base has this shape."""
@@ -304,9 +310,12 @@ class _Plan(NamedTuple):
 
 
 @functools.cache
-def _plan(ranks: tuple[int, ...], shape: tuple[int, int], n: int, u: bool, t: bool, pack: str, overlap: bool) -> _Plan:
+def _plan(
+    ranks: tuple[int, ...], shape: tuple[int, int], n: int, u: bool, t: bool, pack: str, overlap: bool, sms: int
+) -> _Plan:
     (m, c), interpreted = shape, device.interpreting()
-    config = CONFIGS["interpreted" if interpreted else "onto ranks" if n > 16 else "onto ranks, few tokens"]
+    name = "beside products" if overlap else "onto ranks" if n > 16 else "onto ranks, few tokens"
+    config = CONFIGS["interpreted" if interpreted else name]
     R = device.cdiv(sum(ranks), 16) * 16
     u_ranks, t_ranks = (min(_RANKS, device.next_power_of_2(max(16, r))) for r in (R, max(ranks)))
     # The last adapter's t has the padding too.
@@ -329,6 +338,8 @@ def _plan(ranks: tuple[int, ...], shape: tuple[int, int], n: int, u: bool, t: bo
         "enable_fp_fusion": True,
     }
     workers = u_jobs + t_jobs
+    if overlap:  # one program beside each of the product's
+        workers = min(workers, sms)
     return _Plan(
         R, (R, c) if pack == "a" else (m, R), workers + packing, (u_jobs, t_jobs, workers, t_blocks_r), options
     )
@@ -343,7 +354,7 @@ def onto_ranks(
     """
     some = dy if x is ABSENT else x
     n, has_x, has_dy = some.shape[0], x is not ABSENT, dy is not ABSENT
-    plan = _plan(which.ranks, which.shape, n, has_x, has_dy, pack, overlap)
+    plan = _plan(which.ranks, which.shape, n, has_x, has_dy, pack, overlap, device.sms(some.device))
     u = some.new_empty((n, plan.width)) if has_x else None
     t = some.new_empty((n, plan.width)) if has_dy else None
     packed = some.new_empty(plan.packed) if pack else None

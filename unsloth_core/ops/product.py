@@ -13,6 +13,7 @@ Sources: the tile order that keeps operands in L2 and the persistent loop over t
 and 09; the thin product on the same accumulator is LoRAFusion's idea (arXiv 2510.00206).
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -152,17 +153,18 @@ def _product_kernel(
 
 @triton.jit(do_not_specialize=["alpha"])
 def _descriptor_kernel(
-    a, b, c, d, out, bias, add, alpha,
+    a, b, c, d, out, bias, add, alpha, ends, ranks,
     rows, cols, inner, rank,
-    a_stride, b_stride, c_stride, d_stride, add_m, add_n, bias_n,
-    A_T: tl.constexpr, B_T: tl.constexpr, D_T: tl.constexpr,
+    a_stride, b_stride, c_stride, d_k, d_n, add_m, add_n, bias_n,
+    A_T: tl.constexpr, B_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr, STEPS: tl.constexpr, STORE: tl.constexpr, PDL: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """The same for 16-byte aligned operands on Hopper: tiles come through the TMA unit, which also zeroes what lies
     outside, and one program per multiprocessor walks the tiles, loading the next while it stores the last. An operand
-    marked _T is stored the other way around. The second product is STEPS steps of BLOCK_R ranks. PDL: c and d are the
-    work of the launch before, which may still be running when the first sums are made."""
+    marked _T is stored the other way around. The second product is STEPS steps of BLOCK_R ranks; where d is
+    block-diagonal, columns from ``ends[i]`` on begin after the first i ``ranks``. PDL: c and d are the work of the
+    launch before, which may still be running when the first sums are made."""
     if A_T:
         a_tiles = tl.make_tensor_descriptor(a, [inner, rows], [a_stride, 1], [BLOCK_K, BLOCK_M])
     else:
@@ -173,10 +175,6 @@ def _descriptor_kernel(
         b_tiles = tl.make_tensor_descriptor(b, [inner, cols], [b_stride, 1], [BLOCK_K, BLOCK_N])
     if c is not None:
         c_tiles = tl.make_tensor_descriptor(c, [rows, rank], [c_stride, 1], [BLOCK_M, BLOCK_R])
-        if D_T:
-            d_tiles = tl.make_tensor_descriptor(d, [cols, rank], [d_stride, 1], [BLOCK_N, BLOCK_R])
-        else:
-            d_tiles = tl.make_tensor_descriptor(d, [rank, cols], [d_stride, 1], [BLOCK_R, BLOCK_N])
     if STORE:
         out = tl.make_tensor_descriptor(out, [rows, cols], [cols, 1], [BLOCK_M, BLOCK_N // 2])
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(cols, BLOCK_N)
@@ -197,12 +195,17 @@ def _descriptor_kernel(
         if c is not None:
             if PDL:
                 gdc_wait()
+            low = 0
+            if ends is not None:
+                for i in tl.static_range(len(ends)):
+                    low += tl.where(at_n >= ends[i], ranks[i], 0)
+            n = at_n.to(tl.int64) + tl.arange(0, BLOCK_N)
             for step in tl.static_range(STEPS):
-                if D_T:
-                    d_tile = d_tiles.load([at_n, step * BLOCK_R]).T
-                else:
-                    d_tile = d_tiles.load([step * BLOCK_R, at_n])
-                acc = dot(c_tiles.load([at_m, step * BLOCK_R]), d_tile, acc)
+                # d comes through registers: its way and that of c, each as long as a step of the sum, go side by side.
+                k = low + step * BLOCK_R + tl.arange(0, BLOCK_R)
+                d_at = d + k[:, None] * d_k + n[None, :] * d_n
+                d_tile = tl.load(d_at, mask=(k < rank)[:, None] & (n < cols)[None, :], other=0.0)
+                acc = dot(c_tiles.load([at_m, low + step * BLOCK_R]), d_tile, acc)
         if STORE:
             _epilogue_by_tma(
                 acc, out, bias, add, alpha, at_m, at_n, rows, cols, add_m, add_n, bias_n, BLOCK_M, BLOCK_N
@@ -303,6 +306,7 @@ def product(
     bias: Tensor | Any = ABSENT,
     add: Tensor | Any = ABSENT,
     update: tuple[Tensor, Tensor] | Any = ABSENT,
+    blocks: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     alpha: float = 1.0,
     out_dtype: torch.dtype | None = None,
     gradient: bool = False,
@@ -313,7 +317,9 @@ def product(
     """``alpha (a b + c d) + bias + add`` with fp32 accumulation, in ``out_dtype`` (default: a's); contiguous.
 
     ``a`` (rows, inner) and ``b`` (inner, cols) have any strides, so a transposed operand is a transposed view;
-    ``update`` is the pair c (rows, rank), d (rank, cols); ``bias`` (cols,); ``add`` (rows, cols). ``path`` and
+    ``update`` is the pair c (rows, rank), d (rank, cols); ``blocks`` says of a block-diagonal d how many columns and
+    ranks each of its blocks has. ``bias`` (cols,); ``add`` (rows, cols). ``overlap``: a launch before this one made
+    ``update``, and let this one begin without it. ``path`` and
     ``config`` override :func:`choose` and :func:`configuration`. "descriptors" means "pointers" for operands that TMA
     cannot address (unaligned, or strided both ways).
     """
@@ -340,25 +346,32 @@ def product(
         "enable_fp_fusion": True,
     }
 
-    layouts = [_layout(t) for t in (a, b, c, d) if t is not None] if path == "descriptors" else [None]
+    layouts = [_layout(t) for t in (a, b, c) if t is not None] if path == "descriptors" else [None]
     if all(layouts) and rank <= _STEPS * _STEP_RANK and (c is None or c.stride(1) == 1):
         transposed, strides = zip(*layouts, strict=True)
-        programs = min(tiles, device.sms(where))
+        programs, pdl = min(tiles, device.sms(where)), overlap and not device.interpreting()
+        ends = ranks = None
+        if blocks is not None and len(blocks[0]) > 1 and not any(n % config.n for n in blocks[0]):
+            ends, ranks = tuple(itertools.accumulate(blocks[0][:-1])), blocks[1][:-1]
+            rank_of_tile = max(blocks[1])
+        else:
+            rank_of_tile = rank
+        options["BLOCK_R"] = min(_STEP_RANK, device.next_power_of_2(max(16, rank_of_tile)))
         device.launch(
             _descriptor_kernel,
             (programs,),
-            *(a, b, c, d, out, *epilogue, rows, cols, inner, rank),
-            *(strides if c is not None else (*strides, 0, 0)),
+            *(a, b, c, d, out, *epilogue, ends, ranks, rows, cols, inner, rank),
+            *(strides if c is not None else (*strides, 0)),
+            *(d.stride() if d is not None else (0, 0)),
             *epilogue_strides,
             A_T=transposed[0],
             B_T=transposed[1],
-            D_T=transposed[-1],
-            STEPS=device.cdiv(rank, options["BLOCK_R"]),
+            STEPS=device.cdiv(rank_of_tile, options["BLOCK_R"]),
             STORE=out_dtype.itemsize == 2 and cols % 8 == 0 and config.n >= 64,
-            PDL=overlap and not device.interpreting(),
+            PDL=pdl,
             PROGRAMS=programs,
             **options,
-            **({"launch_pdl": True} if overlap and not device.interpreting() else {}),
+            **({"launch_pdl": True} if pdl else {}),
         )
         return out
 
