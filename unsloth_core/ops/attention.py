@@ -46,7 +46,7 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..segments import Segments
 from ..tree import ABSENT, Tree
-from . import attention_decode
+from . import attention_decode, attention_hopper
 from .attention_tiles import (
     LN2,
     LOG2E,
@@ -508,8 +508,13 @@ def attention_fwd(
             q_NHK, k_MGK, v_MGK, q_segments, kv_segments, ABSENT, sinks_H, scale=scale, causal=causal, window=window,
             softcap=softcap, with_lse=return_lse or keep,
         )  # fmt: skip
+    elif (tma := _by_tma(q_NHK, k_MGK, v_MGK)) and attention_hopper.takes(q_NHK, scale):
+        inner, outer, _ = factors(K, scale, softcap)
+        o, lse = attention_hopper.attend(
+            q_NHK, k_MGK, v_MGK, None if sinks_H is ABSENT else sinks_H, q_segments, kv_segments,
+            inner=inner, outer=outer, causal=causal, window=window, with_lse=return_lse or keep,
+        )  # fmt: skip
     else:
-        tma = _by_tma(q_NHK, k_MGK, v_MGK)
         tiles = _launch(q_NHK.dtype, K, device.capability(q_NHK.device), tma).forward
         o = torch.empty((N, H, K), dtype=q_NHK.dtype, device=q_NHK.device)
         lse = torch.empty((N, H), dtype=torch.float32, device=q_NHK.device) if return_lse or keep else None
