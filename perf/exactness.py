@@ -286,8 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     batches = rows_of_ids(o, model)
     proofs = {
         "gradients": lambda: gradients_hold(model, params, raw, o.rank, batches[0]),
-        "losses": lambda: losses_hold(model, params, raw, o.rank, batches, o.lr),
         "policies": lambda: policies_hold(model, params, o.rank, batches[0]),
+        "losses": lambda: losses_hold(model, params, raw, o.rank, batches, o.lr),
     }
     about = {"model": o.model or o.shape, "bs": o.batch, "seq": o.seq, "rank": o.rank, "dtype": o.dtype}
     holds = True
