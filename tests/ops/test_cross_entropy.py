@@ -68,9 +68,7 @@ def test_class_weights(N, V, dtype, weight_dtype, options, apart, seed):
     args = (rand((N, V), dtype, seed=seed, scale=3), targets_for(N, V, seed, options.get("ignore_index", -100)), weight)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "ONE_PASS_LANES", 32)
-        # A softcap rounds z once more than PyTorch does, and with one class or one row nothing averages over it.
-        factor = 4.0 if "softcap" in options else 2.0
-        check_op(cross_entropy, args, options, seed=seed, frozen=lambda path: path == "2", factor=factor)
+        check_op(cross_entropy, args, options, seed=seed, frozen=lambda path: path == "2")
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

@@ -25,12 +25,6 @@ FACTOR = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 NEEDS = {"frozen": (True, False, False, False), "trainable": (True, True, False, False)}
 
 
-def factor_for(dtype, options):
-    """Cap and temperature are reciprocals that z is multiplied with: it is rounded a time or two more than PyTorch's
-    quotients, by half a unit of z, which is more than a unit of a small log-probability; few tokens do not average."""
-    return 4.0 if {"softcap", "temperature"} & options.keys() else FACTOR[dtype]
-
-
 OPTIONS = st.fixed_dictionaries(
     {},
     optional={
@@ -84,7 +78,7 @@ def test_op_rule(N, D, V, dtype, options, padded, trainable, seed):
     args = example(N, D, V, dtype, seed, padded, options.get("ignore_index", -100))
     frozen = (lambda path: False) if trainable else (lambda path: path == "1")
     with small_chunks():
-        check_op(linear_logprob, args, options, seed=seed, frozen=frozen, factor=factor_for(dtype, options))
+        check_op(linear_logprob, args, options, seed=seed, frozen=frozen, factor=FACTOR[dtype])
 
 
 def gradients(name, args, trainable, given, **options):
@@ -115,7 +109,7 @@ def test_some_cotangents(V, dtype, options, padded, trainable, chosen, seed):
     with small_chunks():
         ours = gradients("triton", args, trainable, given, **options)
     for o, s, t in zip(ours, same, truth, strict=True):
-        assert_op_rule(o, s, t, f"gradient of {chosen}", factor_for(dtype, options))
+        assert_op_rule(o, s, t, f"gradient of {chosen}", FACTOR[dtype])
 
 
 @pytest.mark.parametrize("form", NEEDS)

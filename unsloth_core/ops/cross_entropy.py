@@ -68,7 +68,7 @@ TWO_PASS_LANES = 1024
 @triton.jit
 def _capped(x, CAP: tl.constexpr):
     """``(CAP · tanh(x / CAP), 1 − tanh²)``, to fp32 accuracy near zero too, and where 1 − tanh² vanishes."""
-    u = x * (1.0 / CAP)
+    u = tl.div_rn(x, CAP)
     w = u * u
     near = u + u * w * (
         -3.33332819422e-1
@@ -117,8 +117,8 @@ def _transformed(x, CAP: tl.constexpr, TAU: tl.constexpr):
     if CAP is not None:
         x, slope = _capped(x, CAP)
     if TAU != 1.0:
-        x = x * (1.0 / TAU)
-        slope = slope * (1.0 / TAU)
+        x = tl.div_rn(x, TAU)
+        slope = slope / TAU
     return x, slope
 
 
