@@ -1,0 +1,212 @@
+"""The planner says what a step takes before there are weights or a GPU, for every family."""
+
+import gc
+import json
+
+import pytest
+import torch
+from oprule import DEVICE
+from tiny import VERSIONS, checkpoint_of, judge
+from typer.testing import CliRunner
+
+from unsloth_core import cli, data, lora, optim, random, tree
+from unsloth_core import plan as planner
+from unsloth_core.autodiff import INPUT, OFFLOAD, SAVE
+from unsloth_core.models.decoder import Model, Schedule
+from unsloth_core.plan import _Runs, _Shape, parse_bytes, plan
+from unsloth_core.train import make_step
+
+# Llama 3.1 8B as its config.json has it.
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def config(version, **more):
+    model_type, overrides = VERSIONS[version]
+    return checkpoint_of(judge(model_type, **{**overrides, **more})).config
+
+
+def runs(raw, tokens=64, **more):
+    options = {
+        "length": tokens, "rank": 4, "targets": "all-linear", "quantize": None, "states": torch.float32,
+        "accumulate": 1, "dtype": torch.bfloat16, "rates": planner.H100,
+    }  # fmt: skip
+    return _Runs(_Shape.of(raw), tokens=tokens, **{**options, **more})
+
+
+@pytest.mark.parametrize("version", sorted(VERSIONS))
+def test_every_family_can_be_planned(version):
+    """The calls that its ``SAVED`` names, all of them kept here, there or recomputed, and tiles; NF4 every second."""
+    r = runs(config(version), quantize="nf4" if len(version) % 2 else None)
+    family = r.shape.family
+    policies = [dict.fromkeys(family.SAVED, fate) for fate in (SAVE, OFFLOAD)]
+    all_saved, all_away, none, tiles = (
+        next(r.candidates(schedule, "device", "device"))
+        for schedule in (*map(Schedule, policies), Schedule({}), Schedule({"attn": SAVE}, tile=16))
+    )
+    assert all_saved.kept > all_away.kept > 0 and all_saved.kept > none.kept
+    assert all_away.away > 0 == none.away and none.seconds >= all_saved.seconds > 0
+    for c in (all_saved, all_away, none, tiles):
+        assert c.weights > 0 and c.trained > 0 and c.peak > c.weights + c.trained and c.working >= 0
+
+
+def test_the_plan_of_a_family_with_sandwich_norms():
+    found = plan(config("gemma2"), 64, quantize="nf4")
+    assert found.best in found.candidates and found.best.peak == max(c.peak for c in found.candidates)
+    assert f"{found.best.peak / 2**30:.2f} GiB" in str(found) and "alternatives" in str(found)
+    assert {"o", "down"} <= set(found.schedule.policy)  # whose outputs the norms behind them need
+
+
+@pytest.mark.parametrize("version", ["llama-3.1", "gemma2", "qwen3-window", "phi-3.5-mini", "mistral-nemo"])
+@pytest.mark.parametrize("schedule", [Schedule({"attn": SAVE, INPUT: OFFLOAD}), Schedule(tile=16)], ids=str)
+def test_layers_that_are_left_out_are_added_to_the_byte(version, schedule):
+    raw = {**config(version, num_hidden_layers=2), "num_hidden_layers": 9}
+    if "layer_types" in raw:
+        raw["layer_types"] = [raw["layer_types"][i % 2] for i in range(9)]
+    r = runs(raw)
+    assert r.sizes == (4, 5)
+    found, whole = r.whole(schedule), r.run(schedule, 9)
+    assert found.peaks == whole.peaks
+    for name in ("weights", "trained", "kept", "away"):
+        assert getattr(found, name) == getattr(whole, name), name
+    assert found.seconds == pytest.approx(whole.seconds, rel=1e-6)
+
+
+def test_the_weights_are_those_that_a_config_declares():
+    """Published: 8,030,261,248 parameters; in NF4 0.515869 bytes each of a linear, and 1,028 for a matrix's tables."""
+    dense = _Shape.of(LLAMA_8B).weights(32, None, torch.bfloat16)
+    assert tree.nbytes(dense) == 2 * 8_030_261_248
+    few = _Shape.of(LLAMA_8B).weights(1, "nf4", torch.bfloat16)
+    linears = 218_103_808
+    assert tree.nbytes(few.layers) == linears // 2 + linears // 64 + linears // 4096 + 7 * 1028 + 2 * 2 * 4096
+
+
+def test_a_smaller_budget_gives_a_smaller_and_slower_step():
+    best = plan(LLAMA_8B, 4096, sequence=2048, quantize="nf4").best
+    last = plan(LLAMA_8B, 4096, "7GiB", sequence=2048, quantize="nf4").best
+    assert 13 * 2**30 < best.peak < 20 * 2**30 and not best.away
+    assert last.peak < 7 * 2**30 and last.seconds > best.seconds
+    for candidate in (best, last):
+        assert candidate.peak == candidate.weights + candidate.trained + candidate.kept + candidate.working
+
+
+def test_what_does_not_fit_is_one_line_with_the_least_that_would():
+    with pytest.raises(ValueError, match=r"does not fit into 0.01 GiB; the least is \d+\.\d\d GiB \(.*\)$") as error:
+        plan(config("llama-3.1"), 64, 2**23)
+    assert "\n" not in str(error.value)
+    least = min(c.peak for c in plan(config("llama-3.1"), 64, quantize="nf4").candidates)
+    assert plan(config("llama-3.1"), 64, least, quantize="nf4").best.peak <= least
+
+
+def test_more_of_anything_takes_more():
+    raw, schedule = config("llama-3.1"), Schedule({"attn": SAVE})
+    peak = lambda **more: max(runs(raw, **more).whole(schedule).peaks.values())  # noqa: E731
+    assert peak() < peak(tokens=128) and peak() < peak(rank=16) and peak(targets=["q_proj"]) < peak()
+    assert peak(states=torch.bfloat16) < peak() and peak() < peak(accumulate=2) and peak() < peak(dtype=torch.float32)
+    seconds = lambda **more: runs(raw, **more).whole(schedule).seconds  # noqa: E731
+    assert seconds(accumulate=4) == pytest.approx(2 * seconds(accumulate=2)) and seconds() < seconds(accumulate=2)
+
+
+def test_embedding_and_head_on_the_host_take_what_they_take_there():
+    raw = {**LLAMA_8B, "num_hidden_layers": 2}
+    table = 128256 * 4096 * 2
+    here, there, both = (
+        plan(raw, 2048, quantize="nf4", embed=e, head=h).best.weights
+        for e, h in (("device", "device"), ("host", "device"), ("host", "host"))
+    )
+    assert here - there == there - both == table
+    tied = plan({**raw, "tie_word_embeddings": True}, 2048, quantize="nf4", embed="host", head="host").best
+    assert tied.weights == both and tied.describe().endswith("embedding and head on the host")
+
+
+def test_memory_sizes():
+    sizes = {"24GiB": 24 * 2**30, "24 gb": 24 * 10**9, "1.5GiB": 3 * 2**29, "8": 8 * 2**30, "800MiB": 800 * 2**20}
+    assert {text: parse_bytes(text) for text in sizes} == sizes
+    for text in ("", "lots", "-1GiB", "1e3GiB"):
+        with pytest.raises(ValueError, match="memory is .*, expected a size such as 24GiB"):
+            parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"quantize": "int8"}, "plan: quantize is 'int8', expected one of"),
+        ({"embed": "disk"}, "plan: embed is 'disk', expected 'device', 'host' or None"),
+        ({"optimizer_states": "4bit"}, "plan: optimizer_states is '4bit', expected one of"),
+    ],
+)
+def test_bad_options_are_refused(more, message):
+    with pytest.raises(ValueError, match=message):
+        plan(LLAMA_8B, 64, **more)
+
+
+def test_command_line_from_a_config_alone(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config("llama-3.1")))
+    for source in (tmp_path, file):
+        done = CliRunner().invoke(cli.app, ["plan", str(source), "--tokens", "64", "--memory", "1GiB", "--rank", "2"])
+        assert done.exit_code == 0, done.output
+        assert "budget 1.00 GiB" in done.output and "alternatives" in done.output
+    failed = CliRunner().invoke(cli.app, ["plan", str(tmp_path), "--tokens", "64", "--memory", "1MiB"])
+    assert failed.exit_code == 1 and failed.output.startswith("error: plan: a step on 64 tokens does not fit")
+
+
+def wide(layers):
+    """A shape in which matrices, not rounding, take the memory, and that a test can hold."""
+    return {
+        **LLAMA_8B, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": layers,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 8192,
+    }  # fmt: skip
+
+
+def random_weights(raw, quantize):
+    """Of the planner's structure, with numbers in it, on the test device."""
+    shape = _Shape.of(raw)
+    params = shape.weights(shape.layers, quantize, torch.bfloat16)
+
+    def fill(t):
+        if not t.dtype.is_floating_point:
+            return torch.randint(0, 256, t.shape, dtype=t.dtype, device=DEVICE)
+        return torch.randn(t.shape, device=DEVICE).mul_(0.02).to(t.dtype)
+
+    return Model(family=shape.family, config=shape.config), tree.map(fill, params)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="compares with what the CUDA allocator counts")
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule({}), Schedule(dict.fromkeys(("qkv", "attn", "mid", "gate_up"), SAVE)),
+        Schedule({INPUT: OFFLOAD, "attn": OFFLOAD, "mid": OFFLOAD}), Schedule({"attn": OFFLOAD}, tile=1024),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_predicted_peak_is_the_measured_one(schedule, quantize):
+    tokens, raw = 4096, wide(7)
+    model, params = random_weights(raw, quantize)
+    adapters = lora.init(random.key(0), params, rank=8)
+    optimizer = optim.adamw(1e-4)
+    state = optimizer.init(adapters)
+    ids = torch.randint(0, 8192, (tokens,)).numpy()
+    batch = data.Batch.of([(ids, None)], vocab_size=8192, tokens=tokens, segments=tokens // 16).to(DEVICE)
+    step = make_step(model, params, optimizer, max_norm=1.0, policy=schedule)
+    step(adapters, state, [batch])
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated() - tree.nbytes((params, adapters, state, batch))  # of other tests
+    torch.cuda.reset_peak_memory_stats()
+    step(adapters, state, [batch])
+    torch.cuda.synchronize()
+    measured = torch.cuda.max_memory_allocated() - max(0, before)
+    r = runs(raw, tokens=tokens, rank=8, quantize=quantize)
+    predicted = max(r.whole(schedule).peaks.values())
+    assert abs(predicted - measured) < 0.05 * measured + planner._CUBLAS
+
+
+def test_a_plan_is_a_function_of_its_arguments():
+    one, other = (plan(config("gemma2"), 64, "1GiB") for _ in range(2))
+    assert one == other
