@@ -221,7 +221,7 @@ def _forward(
         l += 1.0
     acc = tl.zeros((BM, K1), tl.float32)
     acc2 = tl.zeros((BM, W2), tl.float32)
-    for masked in tl.static_range(2):
+    for masked in tl.static_range(1, -1, -1):
         for j in tl.range(0, partial if masked else full):
             n = first + j * BN
             if masked:
@@ -255,7 +255,7 @@ def _forward(
                 v2 = tile(v_from2, n, end, group, v_m, v_g, v_k, HEAD, K1, BN, K2, masked, TMA)
                 acc2 = dot(p, v2, acc2 * decay[:, None])
 
-    empty = lo >= hi
+    empty = (l == 0) if SINKS is None else (lo >= hi)
     l = tl.where(empty, 1.0, l)
     at = i.to(tl.int64) * HEADS + head
     if L is not None:
@@ -352,7 +352,7 @@ def _dkdv(
     dk2, dv2 = tl.zeros((BN, W2), tl.float32), tl.zeros((BN, W2), tl.float32)
     for member in tl.range(0, GROUP):
         head = group * GROUP + member
-        for masked in tl.static_range(2):
+        for masked in tl.static_range(1, -1, -1):
             for j in tl.range(0, partial if masked else full):
                 i = first + j * BM
                 if masked:
@@ -440,7 +440,7 @@ def _dq(
 
     c = tl.arange(0, BN)
     dq, dq2 = tl.zeros((BM, K1), tl.float32), tl.zeros((BM, W2), tl.float32)
-    for masked in tl.static_range(2):
+    for masked in tl.static_range(1, -1, -1):
         for j in tl.range(0, partial if masked else full):
             n = first + j * BN
             if masked:

@@ -207,8 +207,8 @@ class Tiles(NamedTuple):
 
 # By device class and largest head size. Bytes in flight are what counts: keys x stages x programs.
 TABLE: dict[tuple[str, int], Tiles] = {
-    ("sm_80", 128): Tiles(64, 4, 3, 2),
-    ("sm_80", 256): Tiles(64, 4, 2, 2),
+    ("sm_80", 128): Tiles(64, 4, 3, 1),
+    ("sm_80", 256): Tiles(64, 4, 2, 1),
     ("small", 128): Tiles(64, 4, 2, 2),
     ("small", 256): Tiles(32, 4, 2, 2),
     ("fp32", 128): Tiles(32, 4, 1, 2),
@@ -228,6 +228,14 @@ def _tiles(dtype: torch.dtype, size: int, capability: tuple[int, int]) -> Tiles:
     if device.interpreting():
         return INTERPRETED
     return TABLE[kind(dtype, capability), 128 if size <= 128 else 256]
+
+
+def _splits(rows: int, programs: int, blocks: int) -> int:
+    """Over how many programs the ``blocks`` of keys of each of ``rows`` tiles are split: at least two blocks each, and
+    as many ``programs`` together as there should be, or a few more rather than many less."""
+    fewer = max(programs // max(rows, 1), 1)
+    wanted = fewer if 4 * fewer * rows >= 3 * programs else fewer + 1
+    return max(1, min(wanted, blocks // 2, 256))
 
 
 def takes(q_segments: Segments, group: int) -> bool:
@@ -310,8 +318,7 @@ def attend(
     tiles = _tiles(q.dtype, K, device.capability(where))
     tokens = device.next_power_of_2(max(q_segments.max_len, 1))
     fold = max(device.next_power_of_2(group), 16 // tokens)  # products take 16 rows at least
-    wanted = tiles.programs * device.sms(where) // max(S * G, 1)
-    splits = max(1, min(wanted, device.cdiv(kv_segments.max_len, 2 * tiles.keys), 256))
+    splits = _splits(S * G, tiles.programs * device.sms(where), device.cdiv(kv_segments.max_len, tiles.keys))
     o = torch.empty((N, H, K), dtype=q.dtype, device=where)
     lse = torch.empty((N, H), dtype=torch.float32, device=where) if with_lse else None
     if M == 0 or S == 0:  # no row sees anything
