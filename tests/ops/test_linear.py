@@ -12,7 +12,7 @@ from oprule import ABSENT, DEVICE, DTYPES, check_op, rand, strided
 
 from unsloth_core import autodiff, backend, device, random, tree
 from unsloth_core.cost import Cost
-from unsloth_core.ops import nf4
+from unsloth_core.ops import low_rank, nf4
 from unsloth_core.reference.nf4 import dequantize as decode
 from unsloth_core.weights import NF4, Adapted, LoRA, Stacked, shape
 
@@ -170,6 +170,49 @@ def test_integers_are_exact_in_every_configuration(path, name):
             a, b, bias=bias, add=add, update=(c, d), path=path, config=config, out_dtype=torch.float32
         )
         assert torch.equal(all_terms.double(), want), (dtype, layout, rows, cols, inner)
+
+
+@pytest.mark.parametrize("name", [n for n in low_rank.CONFIGS if (n == "interpreted") == device.interpreting()])
+@pytest.mark.parametrize("ranks", [(16,), (8,), (33,), (16, 16, 16), (5, 0, 40)])
+@pytest.mark.parametrize("n, aligned", [(200, True), (67, False)])
+def test_thin_passes_are_exact_in_every_configuration(name, ranks, n, aligned, monkeypatch):
+    """Sums of integers up to 200, which every dtype holds: a row, rank or column out of its place shows."""
+    config = low_rank.CONFIGS[name]
+    monkeypatch.setattr(low_rank, "CONFIGS", dict.fromkeys(low_rank.CONFIGS, config))
+    clear = (low_rank._plan.cache_clear, low_rank._cut.cache_clear)
+    [f() for f in clear]
+    c = 192 if aligned else 131
+    rows = tuple(64 if aligned else 29 for _ in ranks)
+    generator = torch.Generator().manual_seed(n)
+
+    def ones(*shape):
+        return (torch.rand(shape, generator=generator) * 3 - 1.5).round().to(DEVICE)
+
+    parts = tuple(LoRA(a=ones(r, c), b=ones(m, r), scale=1.0) if r else ABSENT for m, r in zip(rows, ranks))
+    which = low_rank.adapters(Adapted(base=ABSENT, parts=parts, rows=rows), (sum(rows), c))
+    x, dy = ones(n, c).bfloat16(), ones(n, sum(rows)).bfloat16()
+    a, v = torch.zeros(which.width, c, device=DEVICE), torch.zeros(sum(rows), which.width, device=DEVICE)
+    low = 0
+    for part, start, m, r in zip(which.parts, which.starts, which.rows, which.ranks, strict=True):
+        a[low : low + r], v[start : start + m, low : low + r] = part.a, part.b
+        low += r
+    want_u, want_t = x.double() @ a.double().T, dy.double() @ v.double()
+    want_b = [True for _ in which.parts]
+    for overlap, _ in itertools.product((False, True), range(1 if device.interpreting() else 10)):
+        how = low_rank.cut(which, n, True, want_b, DEVICE)
+        u, t, a_RC, arrived = low_rank.onto_ranks(
+            which, x, dy, pack="a", tiles=how.a_tiles + how.b_tiles, overlap=overlap
+        )
+        assert torch.equal(u.double(), want_u) and torch.equal(t.double(), want_t) and torch.equal(a_RC.float(), a)
+        assert torch.equal(low_rank.onto_ranks(which, x, ABSENT, pack="v")[2].float(), v)
+        da, db = low_rank.gradients(which, x, t, dy, u, arrived, how, want_b)
+        assert torch.equal(torch.cat(da).double(), (want_t.T @ x.double())[:low])
+        low_i = 0
+        for g, start, m, r in zip(db, which.starts, which.rows, which.ranks, strict=True):
+            assert torch.equal(g.double(), dy[:, start : start + m].double().T @ want_u[:, low_i : low_i + r])
+            low_i += r
+    monkeypatch.undo()
+    [f() for f in clear]
 
 
 def integers(rows: int, cols: int, dtype: torch.dtype, transposed: int | bool) -> torch.Tensor:
