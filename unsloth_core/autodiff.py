@@ -476,7 +476,7 @@ class _Record:
                 raise ValueError(
                     f"remat: op {name!r} got a tensor that wants a gradient through a closure; pass it as an argument"
                 )
-        return [leaf.is_floating_point() and not (self._storages([leaf]) & self._frozen) for leaf in leaves]
+        return [leaf.is_floating_point() and self._storage(leaf) not in self._frozen for leaf in leaves]
 
     def __call__(self, name: str, leaves: Sequence[Tensor], run: Callable[[], tuple[Any, Tree]]) -> tuple[Any, Tree]:
         out, residuals = run()
@@ -502,12 +502,14 @@ class _Record:
 
     def _storages(self, tensors: Sequence[Tensor]) -> set[int]:
         """Identities of storages. A weak reference to each is held, so that none is given out twice while we record."""
-        found = set()
-        for t in tensors:
-            storage = t.untyped_storage()
-            self._seen.setdefault(storage._cdata, StorageWeakRef(storage))
-            found.add(storage._cdata)
-        return found
+        return {self._storage(t) for t in tensors}
+
+    def _storage(self, t: Tensor) -> int:
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key not in self._seen:
+            self._seen[key] = StorageWeakRef(storage)
+        return key
 
     def finish(self, final: Sequence[Tensor]) -> list[_Entry]:
         """Reverse liveness: a call runs again only if somebody reads what it makes, or its own backward needs it."""
