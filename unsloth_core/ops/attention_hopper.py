@@ -400,7 +400,7 @@ def _put(acc, share, tile):
     tile.store((acc * share[:, None]).to(tile.dtype))
 
 
-@jit(do_not_specialize=["S", "steps", "N", "M", "inner", "outer", "section"])
+@jit(do_not_specialize=["S", "steps", "N", "M", "inner", "outer", "window", "section"])
 def _forward(
     Q, K, V, O, L, SINKS, counter, q_starts, q_ends, kv_starts, kv_ends, S, steps, N, M,
     q_n, q_h, k_m, k_g, v_m, v_g, inner, outer, window, section,
