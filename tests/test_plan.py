@@ -10,10 +10,9 @@ from tiny import VERSIONS, checkpoint_of, judge
 from typer.testing import CliRunner
 
 from unsloth_core import cli, data, lora, optim, random, tree
-from unsloth_core import plan as planner
 from unsloth_core.autodiff import INPUT, OFFLOAD, SAVE
 from unsloth_core.models.decoder import Model, Schedule
-from unsloth_core.plan import _Runs, _Shape, parse_bytes, plan
+from unsloth_core.plan import _CUBLAS, _Runs, _Shape, parse_bytes, plan, predict
 from unsloth_core.train import make_step
 
 # Llama 3.1 8B as its config.json has it.
@@ -30,11 +29,7 @@ def config(version, **more):
 
 
 def runs(raw, tokens=64, **more):
-    options = {
-        "length": tokens, "rank": 4, "targets": "all-linear", "quantize": None, "states": torch.float32,
-        "accumulate": 1, "dtype": torch.bfloat16, "rates": planner.H100,
-    }  # fmt: skip
-    return _Runs(_Shape.of(raw), tokens=tokens, **{**options, **more})
+    return _Runs(raw, tokens, **{"rank": 4, **more})
 
 
 @pytest.mark.parametrize("version", sorted(VERSIONS))
@@ -105,7 +100,7 @@ def test_more_of_anything_takes_more():
     raw, schedule = config("llama-3.1"), Schedule({"attn": SAVE})
     peak = lambda **more: max(runs(raw, **more).whole(schedule).peaks.values())  # noqa: E731
     assert peak() < peak(tokens=128) and peak() < peak(rank=16) and peak(targets=["q_proj"]) < peak()
-    assert peak(states=torch.bfloat16) < peak() and peak() < peak(accumulate=2) and peak() < peak(dtype=torch.float32)
+    assert peak(optimizer_states="bf16") < peak() and peak() < peak(accumulate=2) and peak() < peak(dtype=torch.float32)
     seconds = lambda **more: runs(raw, **more).whole(schedule).seconds  # noqa: E731
     assert seconds(accumulate=4) == pytest.approx(2 * seconds(accumulate=2)) and seconds() < seconds(accumulate=2)
 
@@ -122,6 +117,22 @@ def test_embedding_and_head_on_the_host_take_what_they_take_there():
     assert tied.weights == both and tied.describe().endswith("embedding and head on the host")
 
 
+def test_a_schedule_of_ones_own_can_be_predicted():
+    raw, table = {**LLAMA_8B, "num_hidden_layers": 2}, 128256 * 4096
+    default = predict(raw, 2048, Schedule(), quantize="nf4")
+    saved = Schedule(dict.fromkeys(("qkv", "attn", "mid", "gate_up"), SAVE))
+    assert default.peak == predict(raw, 2048, saved, quantize="nf4").peak
+    few = predict(raw, 2048, Schedule(chunk_logits=2**24), quantize="nf4", head="nf4")
+    in_nf4 = table // 2 + table // 64 + table // 4096 + 1028
+    assert few.peak < default.peak and default.weights - few.weights == 2 * table - in_nf4
+    assert few.schedule.chunk_logits == 2**24 and "head in NF4" in few.describe()
+
+
+def test_a_plan_without_offloading():
+    found = plan(config("llama-3.1"), 64, offload=False)
+    assert not any(c.away for c in found.candidates)
+
+
 def test_memory_sizes():
     sizes = {"24GiB": 24 * 2**30, "24 gb": 24 * 10**9, "1.5GiB": 3 * 2**29, "8": 8 * 2**30, "800MiB": 800 * 2**20}
     assert {text: parse_bytes(text) for text in sizes} == sizes
@@ -134,7 +145,7 @@ def test_memory_sizes():
     ("more", "message"),
     [
         ({"quantize": "int8"}, "plan: quantize is 'int8', expected one of"),
-        ({"embed": "disk"}, "plan: embed is 'disk', expected 'device', 'host' or None"),
+        ({"embed": "disk"}, r"plan: embed is 'disk', expected one of \('device', 'host'\) or None"),
         ({"optimizer_states": "4bit"}, "plan: optimizer_states is '4bit', expected one of"),
     ],
 )
@@ -202,9 +213,8 @@ def test_predicted_peak_is_the_measured_one(schedule, quantize):
     step(adapters, state, [batch])
     torch.cuda.synchronize()
     measured = torch.cuda.max_memory_allocated() - max(0, before)
-    r = runs(raw, tokens=tokens, rank=8, quantize=quantize)
-    predicted = max(r.whole(schedule).peaks.values())
-    assert abs(predicted - measured) < 0.05 * measured + planner._CUBLAS
+    predicted = predict(raw, tokens, schedule, rank=8, quantize=quantize).peak
+    assert abs(predicted - _CUBLAS - measured) < 0.05 * measured + _CUBLAS
 
 
 def test_a_plan_is_a_function_of_its_arguments():

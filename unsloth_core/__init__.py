@@ -5,15 +5,16 @@
     adapters, history = uc.finetune(model, params, "train.jsonl", output="runs/first")
     print(uc.generate(model, uc.lora.adapt(params, adapters), ["Hi"])[0])
 
-Public names only. ``uc.load`` and ``uc.generate`` are functions; what else their files hold is imported from there
-(``from unsloth_core.load import named_tensors``).
+Public names only. ``uc.load``, ``uc.generate`` and ``uc.plan`` are functions; what else their files hold is imported
+from there (``from unsloth_core.load import named_tensors``).
 """
 
 from . import data, lora, ops, optim, random, tree
-from .autodiff import RECOMPUTE, SAVE, remat, residual_report, value_and_grad, vjp
+from .autodiff import INPUT, OFFLOAD, RECOMPUTE, SAVE, remat, residual_report, value_and_grad, vjp
 from .backend import using
 from .generate import generate
 from .load import load
+from .plan import plan
 from .segments import Segments
 from .train import finetune
 from .tree import ABSENT
@@ -22,6 +23,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ABSENT",
+    "INPUT",
+    "OFFLOAD",
     "RECOMPUTE",
     "SAVE",
     "Segments",
@@ -33,6 +36,7 @@ __all__ = [
     "lora",
     "ops",
     "optim",
+    "plan",
     "random",
     "remat",
     "residual_report",

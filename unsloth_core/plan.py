@@ -30,10 +30,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import data, lora, optim, random, tree, weights
 from .autodiff import INPUT, OFFLOAD, SAVE, listening
 from .cost import Cost
-from .load import QUANTIZATIONS, read_weights
+from .load import PLACES, QUANTIZATIONS, read_weights
 from .models import family_of
 from .models.decoder import Model, Schedule
-from .ops import linear_cross_entropy
+from .ops import linear_cross_entropy, nf4
 from .train import OPTIMIZER_STATES, make_step
 from .weights import Adapted, declared_leaves
 
@@ -106,6 +106,7 @@ class Candidate:
         parts += ["few logits"] if self.schedule.chunk_logits else []
         on_host = [name for name, place in (("embedding", self.embed), ("head", self.head)) if place == "host"]
         parts += [f"{' and '.join(on_host)} on the host"] if on_host else []
+        parts += ["head in NF4"] if self.head == "nf4" else []
         return "; ".join(parts)
 
 
@@ -155,49 +156,31 @@ def plan(
     tokens: int,
     budget: int | str | None = None,
     *,
-    sequence: int | None = None,
-    rank: int | Mapping[str, int] = 16,
-    targets: str | Sequence[str] = "all-linear",
-    quantize: str | None = None,
-    optimizer_states: str = "fp32",
-    accumulate: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
     embed: str | None = None,
     head: str | None = None,
-    rates: Rates = H100,
+    offload: bool = True,
+    **step: Any,
 ) -> Plan:
     """The fastest schedule of a LoRA step on ``tokens`` packed tokens whose peak is at most ``budget``.
 
     ``model``: one that is loaded, or the content of a ``config.json``. ``budget``: bytes, or text such as "24GiB"; by
-    default no limit. ``sequence``: length of the segments, for the price of attention; default all tokens.
-    ``quantize``, ``rank``, ``targets``, ``optimizer_states`` as for ``load``, ``lora.init`` and ``finetune``.
-    ``embed``, ``head``: "device" or "host"; None lets the plan choose (a tied head is where the embedding is).
-    ``accumulate``: microbatches of ``tokens`` in a step. A pure function of these.
+    default no limit. ``embed``, ``head``: where they are, as for ``load``; None lets the plan choose between device and
+    host (a tied head is where the embedding is). ``offload=False``: nothing goes to the host between forward and
+    backward, as for a step that is captured. ``step``: the keywords of :func:`predict`. A pure function of these.
     Raises ValueError for options that are not such, and if nothing fits, with the smallest budget that would."""
-    if quantize not in QUANTIZATIONS:
-        raise ValueError(f"plan: quantize is {quantize!r}, expected one of {QUANTIZATIONS}")
-    if tokens < 2:
-        raise ValueError(f"plan: tokens is {tokens}, expected at least 2")
-    if optimizer_states not in OPTIMIZER_STATES:
-        raise ValueError(f"plan: optimizer_states is {optimizer_states!r}, expected one of {tuple(OPTIMIZER_STATES)}")
-    for name, place in (("embed", embed), ("head", head)):
-        if place not in (None, "device", "host"):
-            raise ValueError(f"plan: {name} is {place!r}, expected 'device', 'host' or None")
+    for name, place, places in (("embed", embed, PLACES[:2]), ("head", head, PLACES)):
+        if place not in (None, *places):
+            raise ValueError(f"plan: {name} is {place!r}, expected one of {places} or None")
     limit = parse_bytes(budget) if isinstance(budget, str) else budget
-    length = min(sequence or tokens, tokens)
-    run = _Runs(
-        _Shape.of(model), tokens=tokens, length=length, rank=rank, targets=targets, quantize=quantize,
-        states=OPTIMIZER_STATES[optimizer_states], accumulate=accumulate, dtype=dtype, rates=rates,
-    )  # fmt: skip
+    run = _Runs(model, tokens, **step)
     found: list[Candidate] = []
     for schedules in run.stages():
         for schedule in schedules:
-            found += run.candidates(schedule, embed, head)
+            if offload or OFFLOAD not in (schedule.policy or {}).values():
+                found += run.candidates(schedule, embed, head)
         if any(limit is None or c.peak <= limit for c in found):
             break
     fits = [c for c in found if limit is None or c.peak <= limit]
-    kind = "nf4" if quantize else str(dtype).removeprefix("torch.")
-    title = f"{run.shape.name}, {kind}, {tokens} tokens in segments of {length}, rank {rank}, {rates.name}"
     if not fits:
         least = min(found, key=lambda c: c.peak)
         raise ValueError(
@@ -205,7 +188,28 @@ def plan(
             f"{math.ceil(least.peak / GIB * 100) / 100:.2f} GiB ({least.describe()})"
         )
     best = min(fits, key=lambda c: (c.seconds, c.peak))
-    return Plan(title, tokens * accumulate, limit, best, tuple(_frontier(found, best)))
+    return Plan(run.title, tokens * run.accumulate, limit, best, tuple(_frontier(found, best)))
+
+
+def predict(
+    model: Model | Mapping[str, Any],
+    tokens: int,
+    schedule: Schedule,
+    *,
+    embed: str = "device",
+    head: str = "device",
+    **step: Any,
+) -> Candidate:
+    """Peak and time of a step under ``schedule``.
+
+    ``step``: ``sequence``, length of the segments, for the price of attention (default all tokens); ``quantize``,
+    ``rank`` (16), ``targets`` ("all-linear"), ``optimizer_states`` ("fp32") and ``dtype`` (bfloat16) as for ``load``,
+    ``lora.init`` and ``finetune``; ``accumulate`` (1), microbatches of ``tokens`` in a step; ``rates`` (H100)."""
+    if schedule.policy is None:
+        family = _Shape.of(model).family
+        kept = dict.fromkeys(("attn",) if schedule.tile else family.SAVED, SAVE)
+        schedule = dataclasses.replace(schedule, policy=kept)
+    return next(_Runs(model, tokens, **step).candidates(schedule, embed, head, logits=(schedule.chunk_logits,)))
 
 
 def parse_bytes(text: str) -> int:
@@ -419,12 +423,33 @@ class _Runs:
     """All that is known about one step, with the runs of its schedules."""
 
     def __init__(
-        self, shape: _Shape, *, tokens: int, length: int, rank: Any, targets: Any, quantize: str | None, states: Any,
-        accumulate: int, dtype: torch.dtype, rates: Rates,
-    ) -> None:  # fmt: skip
-        self.shape, self.tokens, self.length, self.rates = shape, tokens, length, rates
+        self,
+        model: Model | Mapping[str, Any],
+        tokens: int,
+        *,
+        sequence: int | None = None,
+        rank: int | Mapping[str, int] = 16,
+        targets: str | Sequence[str] = "all-linear",
+        quantize: str | None = None,
+        optimizer_states: str = "fp32",
+        accumulate: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+        rates: Rates = H100,
+    ) -> None:
+        if quantize not in QUANTIZATIONS:
+            raise ValueError(f"plan: quantize is {quantize!r}, expected one of {QUANTIZATIONS}")
+        if tokens < 2:
+            raise ValueError(f"plan: tokens is {tokens}, expected at least 2")
+        if optimizer_states not in OPTIMIZER_STATES:
+            expected = tuple(OPTIMIZER_STATES)
+            raise ValueError(f"plan: optimizer_states is {optimizer_states!r}, expected one of {expected}")
+        length = min(sequence or tokens, tokens)
+        self.shape = shape = _Shape.of(model)
+        self.tokens, self.length, self.rates = tokens, length, rates
         self.rank, self.targets, self.quantize, self.dtype = rank, targets, quantize, dtype
-        self.states, self.accumulate = states, accumulate
+        self.states, self.accumulate = OPTIMIZER_STATES[optimizer_states], accumulate
+        kind = quantize or str(dtype).removeprefix("torch.")
+        self.title = f"{shape.name}, {kind}, {tokens} tokens in segments of {length}, rank {rank}, {rates.name}"
         self.lengths = [length] * (tokens // length) + [tokens % length] * (tokens % length > 0)
         self.batch = data.Batch.of(
             [(np.zeros(n, np.int64), None) for n in self.lengths],
@@ -522,24 +547,35 @@ class _Runs:
         peaks = {name: go_on(few[0].peaks[name], value) for name, value in last.peaks.items()}
         return _Found(peaks=peaks, **numbers)
 
-    def candidates(self, schedule: Schedule, embed: str | None, head: str | None) -> Iterator[Candidate]:
-        """The schedule, with each number of logits, and embedding and head on the device or the host."""
+    def candidates(
+        self, schedule: Schedule, embed: str | None, head: str | None,
+        logits: Sequence[int | None] = (None, LOW_MEMORY_LOGITS),
+    ) -> Iterator[Candidate]:  # fmt: skip
+        """The schedule, with each number of logits, and embedding and head where they may be."""
         found = self.whole(schedule)
         config = self.shape.config
         table = config.vocab_size * config.hidden_size * self.dtype.itemsize
-        tied = config.tie_word_embeddings
-        for logits in (None, LOW_MEMORY_LOGITS):
-            for places in _placements(embed, head, tied):
-                chosen = dataclasses.replace(schedule, chunk_logits=logits)
-                loss = self._loss(logits, places[1]) - self._loss(None, "device")
+        for chunk in logits:
+            for places in _placements(embed, head, config.tie_word_embeddings):
+                loss = self._loss(chunk, places[1]) - self._loss(schedule.chunk_logits, "device")
                 peaks = found.peaks | {"the loss": found.peaks["the loss"] + loss}
                 where = max(peaks, key=lambda name: peaks[name])
-                gone = table * (places == ("host", "host")) + table * (places[0] == "host" and not tied)
+                gone = table if places[0] == "host" else 0
+                if not config.tie_word_embeddings:
+                    gone += table - (0 if places[1] == "host" else tree.nbytes(self._head(places[1])))
                 yield Candidate(
-                    chosen, *places, peaks[where] - gone + _CUBLAS, where,
-                    found.seconds + self._carrying(places, logits, table),
+                    dataclasses.replace(schedule, chunk_logits=chunk), *places, peaks[where] - gone + _CUBLAS, where,
+                    found.seconds + self._carrying(places, chunk, table),
                     found.weights - gone, found.trained, found.kept, found.away,
                 )  # fmt: skip
+
+    def _head(self, place: str) -> Any:
+        """A head in its place; on the host it takes nothing here."""
+        shape = (self.shape.config.vocab_size, self.shape.config.hidden_size)
+        if place == "host":
+            return torch.empty((), dtype=self.dtype).expand(shape)
+        w = torch.empty(shape, dtype=self.dtype, device="meta")
+        return nf4.quantize(w) if place == "nf4" else w
 
     def _carrying(self, places: tuple[str, str], logits: int | None, table: int) -> float:
         """Seconds that reading embedding and head over the link takes."""
@@ -558,9 +594,7 @@ class _Runs:
         if (logits, head) not in self._losses:
             config, batch = self.shape.config, self.batch
             x = torch.empty(self.tokens, config.hidden_size, dtype=self.dtype, device="meta", requires_grad=True)
-            w = torch.empty(config.vocab_size, config.hidden_size, dtype=self.dtype, device="meta")
-            if head == "host":
-                w = torch.empty((), dtype=self.dtype).expand(w.shape)
+            w = self._head(head)
             with _Meter((x, w, batch)) as meter:
                 before = meter.now
                 linear_cross_entropy(x, w, batch.targets_M, batch.target_rows_M, chunk_logits=logits)
@@ -621,9 +655,12 @@ def _policies(chain: Sequence[str]) -> Iterator[dict[str, str]]:
 
 def _placements(embed: str | None, head: str | None, tied: bool) -> Iterator[tuple[str, str]]:
     """Where embedding and head may be; with both open, the head goes to the host after the embedding."""
-    for e in (embed,) if embed else ("device", "host"):
-        for h in (head,) if head else ("device", "host"):
-            if (e == h if tied else embed or head or (e, h) != ("device", "host")):
+    if tied:
+        yield from ((place, place) for place in ((embed or head,) if embed or head else PLACES[:2]))
+        return
+    for e in (embed,) if embed else PLACES[:2]:
+        for h in (head,) if head else PLACES[:2]:
+            if embed or head or (e, h) != ("device", "host"):
                 yield e, h
 
 
