@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import hub, weights
+from . import hub, tree, weights
+from .four_bit import FourBitCheckpoint, four_bit, together
 from .models import family_of
 from .models.container import text_part
 from .models.decoder import Model
@@ -40,7 +41,8 @@ def load(
     link), the head also "nf4". A tied head is the embedding.
     Raises ValueError for a config field that no one handles, for tensors that are missing, left over or misshapen, and
     for a device that is not there;
-    NotImplementedError for weights that are stored quantised (bitsandbytes, GPTQ, FP8, ...), other than in GGUF.
+    NotImplementedError for weights that are stored quantised other than in bitsandbytes' 4 bits (which stay as they
+    are, bit for bit) or GGUF: bitsandbytes' 8 bits, GPTQ, FP8, ...
     """
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"load: quantize is {quantize!r}, expected one of {QUANTIZATIONS}")
@@ -70,12 +72,8 @@ def read_weights(
     embed: str = "device", head: str = "device",
 ) -> Any:  # fmt: skip
     """The weights of class ``cls`` from a checkpoint; all names, shapes and types are checked before any is read."""
-    if stored := checkpoint.config.get("quantization_config"):
-        method = stored.get("quant_method") if isinstance(stored, dict) else stored
-        raise NotImplementedError(
-            f"{checkpoint.source}: config.json has a quantization_config ({method}), and quantised safetensors cannot "
-            'be read; load the original 16-bit weights, with quantize="nf4" for 4 bits'
-        )
+    checkpoint = four_bit(checkpoint)
+    nodes = checkpoint.nodes if isinstance(checkpoint, FourBitCheckpoint) else {}
     declared = declared_leaves(cls, config)
     _check_names(checkpoint, declared)
     names = set(checkpoint.names)
@@ -88,11 +86,18 @@ def read_weights(
                 return ABSENT
             place = {"embed": embed, "head": head}.get(str(declaration.path[0]), "device")
             quantised = place == "nf4" or (quantize == "nf4" and declaration.linear)
-            if quantised and not declaration.experts:
+            in_file = declaration.linear and not nodes.keys().isdisjoint(declaration.names)
+            if in_file or quantised and not declaration.experts:
                 parts = []
                 for name in declaration.names:
-                    parts.append(nf4.quantize(checkpoint.tensor(name).to(device=device, dtype=dtype)))
+                    if declaration.linear and name in nodes:
+                        parts.append(tree.map(lambda t: t.to(device, copy=True), nodes[name]))
+                    else:
+                        dense = checkpoint.tensor(name).to(device=device, dtype=dtype)
+                        parts.append(nf4.quantize(dense) if quantised else dense)
                     progress.update()
+                if declaration.experts:
+                    return together(parts, declaration.shape) or Stacked(parts=tuple(parts))
                 return parts[0] if len(parts) == 1 else Stacked(parts=tuple(parts))
             on_host = place == "host" and device.type == "cuda"
             where = torch.device("cpu") if on_host else device
