@@ -656,7 +656,8 @@ def _policies(chain: Sequence[str]) -> Iterator[dict[str, str]]:
 def _placements(embed: str | None, head: str | None, tied: bool) -> Iterator[tuple[str, str]]:
     """Where embedding and head may be; with both open, the head goes to the host after the embedding."""
     if tied:
-        yield from ((place, place) for place in ((embed or head,) if embed or head else PLACES[:2]))
+        given = embed or head
+        yield from ((place, place) for place in ((given,) if given else PLACES[:2]))
         return
     for e in (embed,) if embed else PLACES[:2]:
         for h in (head,) if head else PLACES[:2]:
