@@ -20,6 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language import core
 
 mbarrier = hopper.mbarrier
@@ -46,6 +47,7 @@ def _reduce_add(tensor_desc: Any, coord: Any, src: Any, _semantic: Any = None) -
 reduce_add = getattr(tma, "async_atomic_add", None) or _reduce_add
 
 __all__ = [
+    "TensorDescriptor",
     "aggregate",
     "barrier",
     "constexpr_function",
