@@ -37,6 +37,7 @@ KNOBS = {
     ("attention", "TABLE"): ("attention",),
     ("product", "CONFIGS"): ("linear", "linear_lora", "linear_lora_qkv", "linear_nf4"),
     ("low_rank", "CONFIGS"): ("linear_lora", "linear_lora_qkv"),
+    ("grouped_linear", "CONFIGS"): ("grouped_linear", "grouped_linear_combine"),
     ("rms_norm", "whole_rows"): ("rms_norm", "add_rms_norm"),
     ("rms_norm", "column_tile"): ("rms_norm", "add_rms_norm"),
     ("glu", "tile_shape"): ("glu",),
