@@ -7,9 +7,10 @@ import pytest
 import torch
 from oprule import DEVICE
 from tiny import VERSIONS, checkpoint_of, judge
+from tiny_folder import write_folder
 from typer.testing import CliRunner
 
-from unsloth_core import cli, data, lora, optim, random, tree
+from unsloth_core import backend, cli, data, lora, optim, random, tree
 from unsloth_core.autodiff import INPUT, OFFLOAD, SAVE
 from unsloth_core.models.decoder import Model, Schedule
 from unsloth_core.plan import _CUBLAS, _Runs, _Shape, parse_bytes, plan, predict
@@ -163,6 +164,27 @@ def test_command_line_from_a_config_alone(tmp_path):
         assert "budget 1.00 GiB" in done.output and "alternatives" in done.output
     failed = CliRunner().invoke(cli.app, ["plan", str(tmp_path), "--tokens", "64", "--memory", "1MiB"])
     assert failed.exit_code == 1 and failed.output.startswith("error: plan: a step on 64 tokens does not fit")
+
+
+def test_finetune_in_so_much_memory_gives_the_same_adapters(tmp_path):
+    folder = str(write_folder(tmp_path / "model"))
+    examples = tmp_path / "train.jsonl"
+    rows = [{"prompt": f"{i}?", "completion": f"{i}!"} for i in range(4)]
+    examples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def finetune(name, *more):
+        arguments = ["finetune", folder, str(examples), "--device", "cpu", "--tokens", "64", "--steps", "2"]
+        with backend.using("reference"):
+            return CliRunner().invoke(cli.app, [*arguments, "--output", str(tmp_path / name), *more])
+
+    plain, planned = finetune("plain"), finetune("planned", "--memory", "34MiB")
+    assert plain.exit_code == planned.exit_code == 0, planned.output
+    assert "GiB predicted; `unsloth-core plan` shows what else fits" in planned.output
+    assert "predicted" not in plain.output
+    adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("plain", "planned")]
+    assert adapters[0] == adapters[1]
+    failed = finetune("none", "--memory", "1MiB")
+    assert failed.exit_code == 1 and "does not fit into 0.00 GiB; the least is" in failed.output
 
 
 def wide(layers):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import data, lora, optim, random, tree, weights
+from . import backend, data, lora, optim, random, tree, weights
 from .autodiff import INPUT, OFFLOAD, SAVE, listening
 from .cost import Cost
 from .load import PLACES, QUANTIZATIONS, read_weights
@@ -174,12 +174,13 @@ def plan(
     limit = parse_bytes(budget) if isinstance(budget, str) else budget
     run = _Runs(model, tokens, **step)
     found: list[Candidate] = []
-    for schedules in run.stages():
-        for schedule in schedules:
-            if offload or OFFLOAD not in (schedule.policy or {}).values():
-                found += run.candidates(schedule, embed, head)
-        if any(limit is None or c.peak <= limit for c in found):
-            break
+    with backend.using("triton"):  # whatever the user tries here: it is the GPU's step that is planned
+        for schedules in run.stages():
+            for schedule in schedules:
+                if offload or OFFLOAD not in (schedule.policy or {}).values():
+                    found += run.candidates(schedule, embed, head)
+            if any(limit is None or c.peak <= limit for c in found):
+                break
     fits = [c for c in found if limit is None or c.peak <= limit]
     if not fits:
         least = min(found, key=lambda c: c.peak)
@@ -209,7 +210,8 @@ def predict(
         family = _Shape.of(model).family
         kept = dict.fromkeys(("attn",) if schedule.tile else family.SAVED, SAVE)
         schedule = dataclasses.replace(schedule, policy=kept)
-    return next(_Runs(model, tokens, **step).candidates(schedule, embed, head, logits=(schedule.chunk_logits,)))
+    with backend.using("triton"):
+        return next(_Runs(model, tokens, **step).candidates(schedule, embed, head, logits=(schedule.chunk_logits,)))
 
 
 def parse_bytes(text: str) -> int:
