@@ -267,12 +267,26 @@ def _forward(
 
 
 @triton.jit
+def _statistics(delta, row, ok, LSE, DLSE, SINKS, PARTS, part, parts, head, l_n, l_h, dl_n, dl_h):
+    """lse and Δ of some rows, made of lse and Σ o∘do; lse is +inf for rows that see nothing, whose P = e^(S − inf) is
+    then 0 whatever S is. Their share of d_sinks is stored in PARTS (H, parts)."""
+    if DLSE is not None:
+        delta -= tl.load(DLSE + row * dl_n + head * dl_h, mask=ok, other=0.0).to(tl.float32)
+    lse = tl.load(LSE + row * l_n + head * l_h, mask=ok, other=float("-inf"))
+    empty = lse == float("-inf")
+    delta = tl.where(empty, 0.0, delta)
+    if PARTS is not None:
+        weight = tl.exp2((tl.load(SINKS + head).to(tl.float32) - tl.where(empty, 0.0, lse)) * LOG2E)
+        tl.store(PARTS + head * parts + part, tl.sum(tl.where(empty, 0.0, -weight * delta), 0))
+    return tl.where(empty, float("inf"), lse), delta
+
+
+@triton.jit
 def _delta(
-    O, DO, LSE, DLSE, SINKS, LSE_H, DELTA, PARTS, N, P, o_n, o_h, o_k, do_n, do_h, do_k, l_n, l_h, dl_n, dl_h,
+    O, DO, L, DLSE, SINKS, LSE, DELTA, PARTS, N, P, o_n, o_h, o_k, do_n, do_h, do_k, l_n, l_h, dl_n, dl_h,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Δ = Σ o∘do − dlse, and lse again, both (H, N) so that backward reads them in rows; lse is +inf for rows
-    that see nothing, whose P = e^(S − inf) is then 0 whatever S is. PARTS (H, blocks): d_sinks of B rows."""
+    """Δ = Σ o∘do − dlse, and lse again, both (H, P) so that backward reads them in rows: where dq is not needed."""
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * B + tl.arange(0, B)
     ok, wide = row < N, row.to(tl.int64)
@@ -283,17 +297,10 @@ def _delta(
         tl.float32
     )
     delta = tl.sum(o * do, 1)
-    if DLSE is not None:
-        delta -= tl.load(DLSE + wide * dl_n + head * dl_h, mask=ok, other=0.0).to(tl.float32)
-    lse = tl.load(LSE + wide * l_n + head * l_h, mask=ok, other=float("-inf"))
-    empty = lse == float("-inf")
-    tl.store(LSE_H + head * P + row, tl.where(empty, float("inf"), lse))
-    delta = tl.where(empty, 0.0, delta)
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    lse, delta = _statistics(delta, wide, ok, L, DLSE, SINKS, PARTS, part, parts, head, l_n, l_h, dl_n, dl_h)
+    tl.store(LSE + head * P + row, lse)
     tl.store(DELTA + head * P + row, delta)
-    if PARTS is not None:
-        weight = tl.exp2((tl.load(SINKS + head).to(tl.float32) - tl.where(empty, 0.0, lse)) * LOG2E)
-        part = tl.sum(tl.where(empty, 0.0, -weight * delta), 0)
-        tl.store(PARTS + head * tl.num_programs(0) + tl.program_id(0), part)
 
 
 @triton.jit
@@ -405,13 +412,14 @@ def _dkdv(
 
 @triton.jit(do_not_specialize=["inner", "outer", "scale"])
 def _dq(
-    Q, K, V, DO, LSE, DELTA, P, DQ, q_starts, q_ends, kv_starts, kv_ends, S, N, M,
-    q_n, q_h, q_k, k_m, k_g, k_k, v_m, v_g, v_k, do_n, do_h, do_k, dq_n, dq_h, inner, outer, scale, window,
+    Q, K, V, DO, O, L, DLSE, SINKS, LSE, DELTA, PARTS, P, DQ, q_starts, q_ends, kv_starts, kv_ends, S, N, M,
+    q_n, q_h, q_k, k_m, k_g, k_k, v_m, v_g, v_k, do_n, do_h, do_k, o_n, o_h, o_k, l_n, l_h, dl_n, dl_h, dq_n, dq_h,
+    inner, outer, scale, window,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
     CAUSAL: tl.constexpr, NEGATE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """dq of BM query rows of one head: loops over the keys they see."""
+    """dq of BM query rows of one head: loops over the keys they see. It has do and comes first, so Δ is made here."""
     W2: tl.constexpr = K2 if K2 > 0 else 16
     program = tl.program_id(0)
     head = program % HEADS
@@ -435,8 +443,17 @@ def _dq(
         do2 = held_tile(DO, i, N, head, do_n, do_h, do_k, HEADS, HEAD, BM, K1, K2, TMA)
         k_from2 = reader(K, end, k_m, k_g, HEADS // GROUP, HEAD, BN, K2, TMA)
         v_from2 = reader(V, end, v_m, v_g, HEADS // GROUP, HEAD, BN, K2, TMA)
-    lse = statistic(LSE, head, i, P, BM, False)
-    delta = statistic(DELTA, head, i, P, BM, False)
+    o = held_tile(O, i, N, head, o_n, o_h, o_k, HEADS, HEAD, BM, 0, K1, False).to(tl.float32)
+    delta = tl.sum(o * do.to(tl.float32), 1)
+    if K2 > 0:
+        o = held_tile(O, i, N, head, o_n, o_h, o_k, HEADS, HEAD, BM, K1, K2, False).to(tl.float32)
+        delta += tl.sum(o * do2.to(tl.float32), 1)
+    wide = (i + r).to(tl.int64)
+    lse, delta = _statistics(
+        delta, wide, ok, L, DLSE, SINKS, PARTS, i // BM, tl.cdiv(N, BM), head, l_n, l_h, dl_n, dl_h
+    )
+    tl.store(LSE + head.to(tl.int64) * P + i + r, lse, mask=ok)
+    tl.store(DELTA + head.to(tl.int64) * P + i + r, delta, mask=ok)
 
     c = tl.arange(0, BN)
     dq, dq2 = tl.zeros((BM, K1), tl.float32), tl.zeros((BM, W2), tl.float32)
@@ -543,7 +560,7 @@ def attention_bwd(
     into: tuple[Any, Any, Any] = (ABSENT, ABSENT, ABSENT),
     add: bool = False,
 ) -> tuple[Any, ...]:
-    """``(dq, dk, dv, ABSENT, ABSENT, dsinks)``: Δ, then dk with dv, then dq; what is not needed is not computed.
+    """``(dq, dk, dv, ABSENT, ABSENT, dsinks)``: dq with Δ, then dk with dv; what is not needed is not computed.
 
     ``into``: where to write dq, dk and dv, if not into new tensors: any dtype, heads and rows of any strides,
     channels contiguous; slices of one buffer for a stacked projection. It is donated. With ``add``, dk and dv are
@@ -564,24 +581,34 @@ def attention_bwd(
     strides = (*q.stride(), *k.stride(), *v.stride(), *do.stride())
     steps = q_segments.starts_S.shape[0].bit_length()
 
-    P = device.cdiv(N, _ROWS) * _ROWS + 128  # a tile starts at any row and is at most 128 long
-    lse_h = torch.empty((H, P), dtype=torch.float32, device=where)
-    delta = torch.empty((H, P), dtype=torch.float32, device=where)
-    dsinks, parts = None, None
-    if sinks is not ABSENT and needs[5]:
-        dsinks, parts = torch.empty_like(sinks), torch.empty((H, P // _ROWS), dtype=torch.float32, device=where)
-    device.launch(
-        _delta, (P // _ROWS, H), o, do, lse, dlse if dlse is not ABSENT else None,
-        None if dsinks is None else sinks, lse_h, delta, parts, N, P,
-        *o.stride(), *do.stride(), *lse.stride(), *(dlse.stride() if dlse is not ABSENT else (0, 0)),
-        K, device.next_power_of_2(K), _ROWS, num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
-    if dsinks is not None:
-        device.launch(_sum_parts, (H,), parts, dsinks, P // _ROWS, 256, num_warps=4, enable_fp_fusion=True)
     dq, dk, dv = (
         None if not n else torch.empty(t.shape, dtype=t.dtype, device=where) if given is ABSENT else given
         for t, n, given in zip((q, k, v), needs[:3], into, strict=True)
     )
+    P = device.cdiv(N, _ROWS) * _ROWS + 128  # a tile starts at any row and is at most 128 long
+    rows = _ROWS if dq is None else launch.dq.queries
+    parts = None
+    if sinks is not ABSENT and needs[5]:
+        parts = torch.empty((H, device.cdiv(P if dq is None else N, rows)), dtype=torch.float32, device=where)
+    # What is behind the last row is multiplied by zeros, so it has to be finite.
+    lse_h, delta = (torch.empty if dq is None else torch.zeros)((2, H, P), dtype=torch.float32, device=where).unbind()
+    dlse = None if dlse is ABSENT else dlse
+    of_rows = (*o.stride(), *do.stride()) if dq is None else o.stride()
+    of_rows = (*of_rows, *lse.stride(), *((0, 0) if dlse is None else dlse.stride()))
+    about_rows = (lse, dlse, None if parts is None else sinks, lse_h, delta, parts)
+    if dq is None:
+        device.launch(
+            _delta, (P // _ROWS, H), o, do, *about_rows, N, P, *of_rows,
+            K, device.next_power_of_2(K), _ROWS, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    else:
+        tiles = launch.dq
+        device.launch(
+            _dq, (device.cdiv(N, tiles.queries) * H,), q, k, v, do, o, *about_rows, P, dq, *segments, *strides,
+            *of_rows, *dq.stride()[:2],
+            inner, outer, scale, window, H, group, K, *pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
+            tma, **tiles.options(),
+        )  # fmt: skip
     if dk is not None or dv is not None:
         tiles = launch.dkdv
         device.launch(
@@ -590,15 +617,11 @@ def attention_bwd(
             inner, outer, scale, window, G, group, K, *pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
             tma, add, **tiles.options(),
         )  # fmt: skip
-    if dq is not None:
-        tiles = launch.dq
-        device.launch(
-            _dq, (device.cdiv(N, tiles.queries) * H,), q, k, v, do, lse_h, delta, P, dq, *segments, *strides,
-            *dq.stride()[:2],
-            inner, outer, scale, window, H, group, K, *pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
-            tma, **tiles.options(),
-        )  # fmt: skip
-    return *(ABSENT if d is None else d for d in (dq, dk, dv)), ABSENT, ABSENT, ABSENT if dsinks is None else dsinks
+    dsinks = ABSENT
+    if parts is not None:
+        dsinks = torch.empty_like(sinks)
+        device.launch(_sum_parts, (H,), parts, dsinks, parts.shape[1], 256, num_warps=4, enable_fp_fusion=True)
+    return *(ABSENT if d is None else d for d in (dq, dk, dv)), ABSENT, ABSENT, dsinks
 
 
 attention = custom_vjp(attention_fwd, attention_bwd)
