@@ -701,11 +701,10 @@ def _products(backward: bool, op: str, what: Any, needs: Any, item: int) -> list
     """The product; of adapters the narrow passes over x and dy; of a trained weight its gradient."""
     w = (what[0] if backward else what)[1]
     *_, m, c = weights.shape(w)
-    tensors = [t for t in tree.leaves(what) if isinstance(t, Tensor)]
     if op == "linear":
         rows = what[1].numel() // m if backward else what[0].numel() // c
-    else:  # sorted by expert: more of them than of anything else
-        rows = max(t.shape[0] for t in tensors if t.ndim)
+    else:  # those of the plan: a token has one for each of its experts
+        rows = (what[0] if backward else what)[2][0].shape[0]
     product, narrow = _op(op).cost(rows, w, itemsize=item), []
     if isinstance(w, Adapted):
         narrow = [Cost(bytes=rows * (2 * c + 2 * m if backward else c) * item, flops=0)]
