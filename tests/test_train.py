@@ -337,11 +337,11 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)
 folder, output, device, name, options, examples = json.loads(sys.argv[1])
 evaluate = train.evaluate
-def killing(*args):
+def killing(*args, **kwargs):
     calls.append(1)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return evaluate(*args)
+    return evaluate(*args, **kwargs)
 calls, train.evaluate = [], killing
 with backend.using(name):
     model, params = load(folder, device=device, dtype=torch.float32)
