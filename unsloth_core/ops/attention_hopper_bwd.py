@@ -47,6 +47,7 @@ from .gluon import (
     load,
     mbarrier,
     reduce_add,
+    reinterpret,
     store,
     store_wait,
     warpgroup_mma,
@@ -66,6 +67,7 @@ class Tiles(NamedTuple):
     slots: int
     do_slots: int
     early: bool
+    held: int = 0
     pair: bool = False
 
     def options(self) -> dict[str, int]:
@@ -237,7 +239,7 @@ def _scores(a, a2, b, b2, zero, K2: gl.constexpr):
 @jit
 def _statistic(slot, BM: gl.constexpr, layout: gl.constexpr):
     """lse or Δ of a tile, one for each column of the transposed scores."""
-    return slot._reinterpret(gl.float32, [BM], gl.SwizzledSharedLayout(1, 1, 1, [0])).load(layout)
+    return reinterpret(slot, gl.float32, [BM], gl.SwizzledSharedLayout(1, 1, 1, [0])).load(layout)
 
 
 @jit
@@ -278,7 +280,7 @@ def _put(x, base, row_stride, head_stride, n, group, M, FIRST: gl.constexpr, BN:
 def _math(
     args,
     GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, K1: gl.constexpr, SLOTS: gl.constexpr,
-    DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr, EARLY: gl.constexpr, K2: gl.constexpr,
+    DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr, EARLY: gl.constexpr, HELD: gl.constexpr, K2: gl.constexpr,
 ):  # fmt: skip
     """Two warpgroups, each with half of the keys: all products of heads up to 128."""
     (q_s, q_s2, do_s, do_s2, k_s, k_s2, v_s, v_s2, lse_s, delta_s, ds_s, dq_s, dq_s2,
@@ -305,14 +307,23 @@ def _math(
     dq_zero2 = gl.full([BM, R2], 0.0, gl.float32, dq_layout2)
     PIECES: gl.constexpr = 2 if K2 > 0 else 1  # products are waited for in the order they began, piece by piece
     mbarrier.wait(kv_full, 0)
+    k, k2, v, v2 = k_s, k_s2, v_s, v_s2
+    if HELD >= 1:
+        v = v_s.load(gl.DotOperandLayout(0, s_layout, 2))
+        if K2 > 0:
+            v2 = v_s2.load(gl.DotOperandLayout(0, s_layout, 2))
+    if HELD == 2:
+        k = k_s.load(gl.DotOperandLayout(0, s_layout, 2))
+        if K2 > 0:
+            k2 = k_s2.load(gl.DotOperandLayout(0, s_layout, 2))
     for t in range(GROUP * (hi - lo)):
         i, d = t % SLOTS, t % DO_SLOTS
         q, do, q2, do2 = q_s.index(i), do_s.index(d), q_s2.index(i), do_s2.index(d)
         m = hi - 1 - t // GROUP
         mbarrier.wait(q_full.index(i), (t // SLOTS) & 1)
-        s_begun = _scores(k_s, k_s2, q, q2, zero, K2)
+        s_begun = _scores(k, k2, q, q2, zero, K2)
         mbarrier.wait(do_full.index(d), (t // DO_SLOTS) & 1)
-        dp_begun = _scores(v_s, v_s2, do, do2, zero, K2)
+        dp_begun = _scores(v, v2, do, do2, zero, K2)
         lse = _statistic(lse_s.index(i), BM, column)
         s = warpgroup_mma_wait(PIECES, deps=(s_begun,))
         p, slope = _weights(s, lse, inner, outer, SOFTCAP)
@@ -473,7 +484,7 @@ def _backward(
     q_from, do_from, k_from, v_from, sum_to, lse_from, delta_from, q_from2, do_from2, k_from2, v_from2, sum_to2,
     DK, DV, LO, HI, FIRST, LAST, TURNS, tiles, M, GROUPS, q_h, do_h, k_g, v_g, dk_m, dk_g, dv_m, dv_g, inner, outer, scale,
     GROUP: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr, EARLY: gl.constexpr,
+    SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr, EARLY: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
     """A block of BN keys of one key head. The first blocks, which most queries see under a causal mask, go first."""
     dtype: gl.constexpr = q_from.dtype
@@ -539,7 +550,7 @@ def _backward(
         narrow = (q_s, q_s2, do_s, do_s2, k_s, k_s2, v_s, v_s2, lse_s, delta_s, ds_s, dq_s, dq_s2) + math
         gl.warp_specialize(
             [
-                (_math, (narrow, GROUP, BM, BN, K1, SLOTS, DO_SLOTS, ADD, SOFTCAP, EARLY, K2)),
+                (_math, (narrow, GROUP, BM, BN, K1, SLOTS, DO_SLOTS, ADD, SOFTCAP, EARLY, HELD, K2)),
                 (_copy, (copy, GROUP, BM, BN, K1, K2, PARTS, SLOTS, DO_SLOTS)),
                 (_add, (add, GROUP, BM, K1, K2, PARTS, W, 0)),
                 (_add, (add, GROUP, BM, K1, K2, PARTS, W, 1)),
@@ -623,7 +634,7 @@ def backward(
         _descriptor(sum_ND, 1, tiles.queries, K2) if K2 else None,
         dk, dv, lo, hi, first, last, turns, rows, M, G, q.stride(1), do.stride(1), k.stride(1), v.stride(1),
         *dk.stride()[:2], *dv.stride()[:2], inner * factor, LOG2E * (outer or 0.0), scale,
-        H // G, K1, K2, tiles.queries, tiles.keys, tiles.slots, tiles.do_slots, add, outer is not None, tiles.early,
+        H // G, K1, K2, tiles.queries, tiles.keys, tiles.slots, tiles.do_slots, add, outer is not None, tiles.early, tiles.held,
         **tiles.options(), enable_fp_fusion=True,
     )  # fmt: skip
     device.launch(

@@ -10,6 +10,7 @@ is the only one that knows how Triton 3.6 to 3.9 differ.
     triton.language.core._aggregate      gluon.aggregate        ``aggregate``: a class whose objects kernels pass around
     gl.thread_barrier                    gl.barrier             ``barrier()``
     in the compiler, without a name      tma.async_atomic_add   ``reduce_add(desc, [row, column], tile)``
+    tile._reinterpret                    tile.reinterpret       ``reinterpret(tile, dtype, shape, layout)``
 
 Not interpretable: Gluon kernels are compiled, also under TRITON_INTERPRET=1, and run on Hopper alone."""
 
@@ -46,6 +47,14 @@ def _reduce_add(tensor_desc: Any, coord: Any, src: Any, _semantic: Any = None) -
 
 reduce_add = getattr(tma, "async_atomic_add", None) or _reduce_add
 
+
+@builtin
+def reinterpret(tile: Any, dtype: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
+    """The same bytes of shared memory as another shape."""
+    method = getattr(tile, "reinterpret", None) or tile._reinterpret
+    return method(dtype, shape, layout, _semantic=_semantic)
+
+
 __all__ = [
     "TensorDescriptor",
     "aggregate",
@@ -58,6 +67,7 @@ __all__ = [
     "make_tensor_descriptor",
     "mbarrier",
     "reduce_add",
+    "reinterpret",
     "store",
     "store_wait",
     "warpgroup_mma",
