@@ -11,6 +11,8 @@ G       key/value heads                            C       inner dimension of a 
 K       size of one head                           J       rotated channel pairs of a head
 F       width of the MLP                           E       experts
 V       vocabulary                                 L       layers
+T       experts of a token (beside an E)           I       width of one expert's MLP
+P       rows sorted by expert, N·T of them
 ======  =========================================  ======  =======================================
 
 Names carry their letters as a suffix: ``x_ND`` is (tokens, model width), ``gate_up_2FD`` a stacked weight of 2·F rows.

@@ -328,7 +328,7 @@ NF4_REFERENCE = ("smollm2", "mistral-nemo", "qwen3", "phi-4-mini", "gemma2", "mi
 
 @pytest.mark.parametrize(
     ("version", "name"),
-    [("smollm2", "triton"), *((v, "reference") for v in NF4_REFERENCE)],
+    [("smollm2", "triton"), ("mixtral-8x7b", "triton"), *((v, "reference") for v in NF4_REFERENCE)],
 )
 def test_nf4_weights_train_like_their_decoded_selves(version, name):
     hf = make(version)
