@@ -155,13 +155,14 @@ def test_qwen_of_any_shape(shapes, kind, window, kinds):
     layers=st.sampled_from([{}, {"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}]),
     normalised=st.booleans(),
     balance=st.booleans(),
+    window=st.sampled_from([None, 3]),
 )
-def test_experts_of_any_shape(shapes, experts, width, layers, normalised, balance):
+def test_experts_of_any_shape(shapes, experts, width, layers, normalised, balance, window):
     more = {"num_local_experts": experts[0], "num_experts_per_tok": experts[1], "output_router_logits": balance}
-    more |= {"router_aux_loss_coef": 0.3, **shapes}
+    more |= {"router_aux_loss_coef": 0.3, "sliding_window": window, **shapes}
     if normalised and not layers:
         assert_conforms(judge("mixtral", intermediate_size=width, **more), "reference")
-    more |= {"moe_intermediate_size": width, "norm_topk_prob": normalised, **layers}
+    more |= {"moe_intermediate_size": width, "norm_topk_prob": normalised, "use_sliding_window": bool(window), **layers}
     assert_conforms(judge("qwen3_moe", **more), "reference")
 
 
