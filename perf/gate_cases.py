@@ -21,9 +21,18 @@ from unsloth_core.optim import multi_tensor
 from unsloth_core.segments import Segments
 from unsloth_core.weights import NF4, Adapted, LoRA, Stacked
 
-attention, attention_decode, grouped_linear, low_rank, nf4, nf4_matvec, product = (
+attention, attention_decode, attention_hopper, grouped_linear, low_rank, nf4, nf4_matvec, product = (
     importlib.import_module(f"unsloth_core.ops.{op}")
-    for op in ("attention", "attention_decode", "grouped_linear", "low_rank", "nf4", "nf4_matvec", "product")
+    for op in (
+        "attention",
+        "attention_decode",
+        "attention_hopper",
+        "grouped_linear",
+        "low_rank",
+        "nf4",
+        "nf4_matvec",
+        "product",
+    )
 )
 
 CPU = torch.device("cpu")
@@ -282,8 +291,9 @@ def _attention(call: Calls, r: Random, target: Target) -> None:
         for K in sizes if dtype in _dtypes(target) else ():
             q, k, v = (r.normal(2048, heads, K, dtype=dtype) for heads in (8, 2, 2))
             whole = K in (64, 128, 256) and dtype == BF16
-            more = ({"causal": False}, {"return_lse": True, "scale": -0.1}) if whole and K == 128 else ()
-            for statics in ({}, *((softcap,) if whole else ()), *more):
+            portable = {"return_lse": True, "scale": -0.1}  # what the kernel for Hopper does not take
+            more = ({"causal": False},) if K == 128 else ()
+            for statics in ({}, *((softcap, portable, *more) if whole else ())):
                 op = functools.partial(uc.attention, **statics)
                 call(f"attention {K} {statics}", op, (q, k, v, packed, packed), lambda q, k, v, *_: (q, k, v))
             if K == 64:
@@ -328,6 +338,10 @@ def rows(target: Target) -> Iterator[Row]:
             tiles = getattr(launch, column)
             facts = {**where, **tiles.options(), **{name: getattr(tiles, field) for name, field in names.items()}}
             yield Row(f"attention.TABLE[{kind!r}, {size}].{column} {dtype}", kernel, facts)
+    for K, block in attention_hopper.TABLE.items() if target.capability == (9, 0) else ():
+        pieces = dict(zip(("K1", "K2"), attention_hopper.pieces(K), strict=True))
+        facts = {"dtype": "bf16", **pieces, "BN": block.keys, "SLOTS": block.slots, "OWN_O": block.own_o}
+        yield Row(f"attention_hopper.TABLE[{K}]", "attention_hopper._forward", facts)
     for (kind, size), tiles in attention_decode.TABLE.items():
         for dtype in _dtypes(target):
             if dtype != FP16 and kind == attention_decode.kind(dtype, target.capability):
