@@ -45,13 +45,15 @@ class Schedule:
     """How a training step runs, which never changes what it computes.
 
     ``policy``: what each layer keeps for backward (see :func:`unsloth_core.autodiff.remat`); None is the family's
-    ``SAVED`` with kernels, and plain autograd with the reference backend. ``tile``: run ``pre`` and ``post`` on so many
+    ``SAVED`` with kernels, and plain autograd with the reference backend. ``last``: a number of layers, counted from
+    the end, and the policy that they have instead. ``tile``: run ``pre`` and ``post`` on so many
     tokens at a time; a layer's calls are then "pre", "attn" and "post", and None keeps "attn". ``decode_once``: what
     backward reads of NF4 weights it decodes once per layer, not once per product. ``chunk_logits``: how many logits
     exist at a time (see :func:`unsloth_core.ops.linear_cross_entropy`); None: its default.
     """
 
     policy: Policy | None = None
+    last: tuple[int, Policy] | None = None
     tile: int | None = None
     decode_once: bool = True
     chunk_logits: int | None = None
@@ -153,6 +155,8 @@ def hidden_and_stats(
     total: Any = ABSENT
     for i, w in enumerate(params.layers):
         attend = family.spec(cfg, i)
+        if schedule.last and i >= len(params.layers) - schedule.last[0]:
+            kept = schedule.last[1]
         run = remat(layer(family, cfg, attend, schedule), kept, host=host, decode_once=schedule.decode_once)
         x_ND, stats = run(w, x_ND, rotations[attend.rope], segments, *counted)
         if stats is not ABSENT:  # of a mixture of experts some layers may be dense

@@ -1,5 +1,6 @@
 """The planner says what a step takes before there are weights or a GPU, for every family."""
 
+import dataclasses
 import gc
 import json
 
@@ -87,6 +88,23 @@ def test_a_smaller_budget_gives_a_smaller_and_slower_step():
     assert last.peak < 7 * 2**30 and last.seconds > best.seconds
     for candidate in (best, last):
         assert candidate.peak == candidate.weights + candidate.trained + candidate.kept + candidate.working
+
+
+def test_a_budget_is_used_up_by_letting_the_last_layers_keep_more():
+    """To the byte what a run of all the layers finds."""
+    raw, budget = wide(12), 900 * 2**20
+    every = plan(raw, 4096, budget, quantize="nf4")
+    found = every.best
+    layers, richer = found.schedule.last
+    assert 3 <= layers <= 8 and richer != found.schedule.policy and f"of the last {layers} layers" in str(every)
+    assert found.peak <= budget
+    assert all(c is found or c.peak > budget or c.seconds > found.seconds for c in every.candidates)
+    r = runs(raw, 4096, rank=16, quantize="nf4")
+    whole = r.run(dataclasses.replace(found.schedule, chunk_logits=None), 12)
+    loss = r._loss(found.schedule.chunk_logits, found.head) - r._loss(None, "device")
+    peaks = whole.peaks | {"the loss": whole.peaks["the loss"] + loss}
+    assert max(peaks.values()) - r._gone(found.embed, found.head) + _CUBLAS == found.peak
+    assert (whole.kept, whole.away) == (found.kept, found.away)
 
 
 def test_what_does_not_fit_is_one_line_with_the_least_that_would():

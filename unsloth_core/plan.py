@@ -96,11 +96,9 @@ class Candidate:
 
     def describe(self) -> str:
         """What is kept, in a few words."""
-        policy = self.schedule.policy or {}
-        saved = [name for name, fate in policy.items() if fate == SAVE and name != INPUT]
-        gone = [name for name, fate in policy.items() if fate == OFFLOAD]
-        parts = [f"save {', '.join(saved) or 'layer inputs'}"] if saved or INPUT not in gone else []
-        parts += [f"offload {', '.join(gone)}"] if gone else []
+        parts = _describe(self.schedule.policy or {})
+        if self.schedule.last:
+            parts += [f"of the last {self.schedule.last[0]} layers {' and '.join(_describe(self.schedule.last[1]))}"]
         parts += [f"tiles of {self.schedule.tile}"] if self.schedule.tile else []
         parts += ["decode twice"] if not self.schedule.decode_once else []
         parts += ["few logits"] if self.schedule.chunk_logits else []
@@ -108,6 +106,13 @@ class Candidate:
         parts += [f"{' and '.join(on_host)} on the host"] if on_host else []
         parts += ["head in NF4"] if self.head == "nf4" else []
         return "; ".join(parts)
+
+
+def _describe(policy: Mapping[str, str]) -> list[str]:
+    saved = [name for name, fate in policy.items() if fate == SAVE and name != INPUT]
+    gone = [name for name, fate in policy.items() if fate == OFFLOAD]
+    parts = [f"save {', '.join(saved) or 'layer inputs'}"] if saved or INPUT not in gone else []
+    return parts + ([f"offload {', '.join(gone)}"] if gone else [])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +186,8 @@ def plan(
                     found += run.candidates(schedule, embed, head)
             if any(limit is None or c.peak <= limit for c in found):
                 break
+        if limit is not None and (pair := _around(found, limit)):
+            found += run.between(*pair, limit)
     fits = [c for c in found if limit is None or c.peak <= limit]
     if not fits:
         least = min(found, key=lambda c: c.peak)
@@ -221,6 +228,24 @@ def parse_bytes(text: str) -> int:
         raise ValueError(f"memory is {text!r}, expected a size such as 24GiB")
     unit = (match[2] or "Gi").lower()
     return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** ("kmgt".index(unit[0]) + 1))
+
+
+def _around(found: Iterable[Candidate], limit: int) -> tuple[Candidate, Candidate] | None:
+    """Of the mixtures of two candidates, one that fits and one that does not, those of the fastest that just fits.
+
+    Layers that keep more are worth their memory alike, so a mixture lies on the line between the two."""
+    best = None
+    for a in (c for c in found if c.peak <= limit):
+        for b in (c for c in found if c.peak > limit and c.seconds < a.seconds):
+            if _but_for_policy(a) == _but_for_policy(b):
+                seconds = a.seconds - (a.seconds - b.seconds) * (limit - a.peak) / (b.peak - a.peak)
+                if best is None or seconds < best[0]:
+                    best = (seconds, a, b)
+    return best and best[1:]
+
+
+def _but_for_policy(c: Candidate) -> Any:
+    return dataclasses.replace(c.schedule, policy=None), c.embed, c.head
 
 
 def _frontier(found: Iterable[Candidate], best: Candidate) -> Iterator[Candidate]:
@@ -466,7 +491,8 @@ class _Runs:
 
     def stages(self) -> Iterator[list[Schedule]]:
         """Schedules to try, as lists; a later list only if nothing of the earlier ones fits."""
-        whole = [Schedule(policy) for policy in _policies(self._chain())]
+        chain, largest = self._chain()
+        whole = [Schedule(policy) for policy in _policies(chain, [name for name in chain if name != largest])]
         tiles = [tile for tile in (LARGEST_TILE >> i for i in range(6)) if 4 <= self.tokens / tile <= 16]
         tiles = tiles or [-(-self.tokens // 8)]
         tiled = [Schedule(policy, tile=tile) for tile in tiles for policy in _policies(["attn", "pre"])]
@@ -475,23 +501,26 @@ class _Runs:
         if self.quantize:
             yield [dataclasses.replace(s, decode_once=False) for s in whole + tiled]
 
-    def _chain(self) -> list[str]:
-        """The calls that can be saved, those first whose recomputation takes longest for the bytes it saves."""
+    def _chain(self) -> tuple[list[str], str]:
+        """The calls that can be saved, those first whose recomputation takes longest for the bytes it saves; and the
+        one with the most bytes."""
         worth: dict[str, float] = {}
+        sizes: dict[str, int] = {}
 
         def hear(phase: str, op: str, name: str, what: Any, statics: dict[str, Any], needs: Any) -> None:
             if phase != "forward" or name not in self.shape.family.SAVED:
                 return
             if op == "attention":
-                worth[name] = self.attention(statics["window"], False) / what[0].nbytes
+                sizes[name] = what[0].nbytes
+                worth[name] = self.attention(statics["window"], False) / sizes[name]
             else:
-                made = what[0].shape[0] * weights.shape(what[1])[-2] * what[0].element_size()
-                worth[name] = self.price(phase, op, what, needs) / made
+                sizes[name] = what[0].shape[0] * weights.shape(what[1])[-2] * what[0].element_size()
+                worth[name] = self.price(phase, op, what, needs) / sizes[name]
 
         model, params, _ = self.model(1)
         with torch.no_grad(), listening(hear):
             model.loss(params, self.batch)
-        return sorted(worth, key=lambda name: -worth[name])
+        return sorted(worth, key=lambda name: -worth[name]), max(sizes, key=lambda name: sizes[name])
 
     # ---- running
 
@@ -526,6 +555,10 @@ class _Runs:
             "the backward pass of the first layer": at["backward", 0].peak,
             "the update": at["update"].peak,
         }
+        if schedule.last:  # between the layers that keep less and those that keep more
+            first = layers - schedule.last[0]
+            for i in (first - 2, first - 1, first, first + 1):
+                peaks[f"the backward pass where policies change ({i - first:+d})"] = at["backward", i].peak
         return _Found(
             peaks=peaks,
             weights=tree.nbytes(params),
@@ -534,6 +567,37 @@ class _Runs:
             away=sum(place.away for place in at.values()),
             seconds=self._seconds(at, layers),
         )
+
+    def between(self, a: Candidate, b: Candidate, limit: int) -> Iterator[Candidate]:
+        """``a`` with as many of its last layers as fit having ``b``'s policy; nothing if that is none."""
+        few, many, whole = 4, 3, self.shape.layers
+        if whole <= few + many or not self.shape.alike:
+            return
+        policy, rich = a.schedule.policy, b.schedule.policy or {}
+
+        def mixed(poor: int, richer: int) -> _Found:
+            schedule = dataclasses.replace(a.schedule, policy=policy, last=(richer, rich), chunk_logits=None)
+            return self.run(schedule, poor + richer)
+
+        base, poorer, richer = mixed(few, many), mixed(few + 1, many), mixed(few, many + 1)
+        loss = self._loss(a.schedule.chunk_logits, a.head) - self._loss(None, "device")
+        gone = self._gone(a.embed, a.head)
+
+        def at(n: int, of: Callable[[_Found], int]) -> int:
+            more_poor, more_rich = whole - n - few, n - many
+            return of(base) + more_poor * (of(poorer) - of(base)) + more_rich * (of(richer) - of(base))
+
+        for n in range(whole - few, many - 1, -1):
+            peaks = {name: at(n, lambda found, name=name: found.peaks[name]) for name in base.peaks}
+            peaks["the loss"] += loss
+            where = max(peaks, key=lambda name: peaks[name])
+            if (peak := peaks[where] - gone + _CUBLAS) <= limit:
+                yield Candidate(
+                    dataclasses.replace(a.schedule, last=(n, rich)), a.embed, a.head, peak, where,
+                    a.seconds + (b.seconds - a.seconds) * n / whole, a.weights, a.trained,
+                    at(n, lambda found: found.kept), at(n, lambda found: found.away),
+                )  # fmt: skip
+                return
 
     def whole(self, schedule: Schedule) -> _Found:
         """The step of the whole model: what every layer adds, it adds for each layer that was left out."""
@@ -562,14 +626,21 @@ class _Runs:
                 loss = self._loss(chunk, places[1]) - self._loss(schedule.chunk_logits, "device")
                 peaks = found.peaks | {"the loss": found.peaks["the loss"] + loss}
                 where = max(peaks, key=lambda name: peaks[name])
-                gone = table if places[0] == "host" else 0
-                if not config.tie_word_embeddings:
-                    gone += table - (0 if places[1] == "host" else tree.nbytes(self._head(places[1])))
+                gone = self._gone(*places)
                 yield Candidate(
                     dataclasses.replace(schedule, chunk_logits=chunk), *places, peaks[where] - gone + _CUBLAS, where,
                     found.seconds + self._carrying(places, chunk, table),
                     found.weights - gone, found.trained, found.kept, found.away,
                 )  # fmt: skip
+
+    def _gone(self, embed: str, head: str) -> int:
+        """Bytes that embedding and head do not take on the device."""
+        config = self.shape.config
+        table = config.vocab_size * config.hidden_size * self.dtype.itemsize
+        gone = table if embed == "host" else 0
+        if not config.tie_word_embeddings:
+            gone += table - (0 if head == "host" else tree.nbytes(self._head(head)))
+        return gone
 
     def _head(self, place: str) -> Any:
         """A head in its place; on the host it takes nothing here."""
@@ -646,13 +717,18 @@ _NUMBERS = [field for field in dataclasses.fields(_Found) if field.name != "peak
 _DECODED = 1.26  # bytes moved per byte of a decoded matrix: 4 bits are read for 16 written
 
 
-def _policies(chain: Sequence[str]) -> Iterator[dict[str, str]]:
-    """A prefix of the chain is kept; of the layer input and that prefix, a prefix is offloaded."""
-    for kept in range(len(chain) + 1):
-        names = [INPUT, *chain[:kept]]
-        for away in range(len(names) + 1):
-            policy = {name: OFFLOAD if i < away else SAVE for i, name in enumerate(names)}
-            yield {name: fate for name, fate in policy.items() if (name, fate) != (INPUT, SAVE)}
+def _policies(*chains: Sequence[str]) -> list[dict[str, str]]:
+    """Of each chain a prefix is kept: on the device, or but for the layer input there, or all of it on the host."""
+    found: list[dict[str, str]] = []
+    for chain in chains:
+        for kept in range(len(chain) + 1):
+            names = [INPUT, *chain[:kept]]
+            for away in sorted({0, 1, len(names)}):
+                policy = {name: OFFLOAD if i < away else SAVE for i, name in enumerate(names)}
+                policy = {name: fate for name, fate in policy.items() if (name, fate) != (INPUT, SAVE)}
+                if policy not in found:
+                    found.append(policy)
+    return found
 
 
 def _placements(embed: str | None, head: str | None, tied: bool) -> Iterator[tuple[str, str]]:
