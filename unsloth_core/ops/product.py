@@ -243,7 +243,7 @@ class Config(NamedTuple):
 # By shape class. 128 x 256 x 64 is the best of the tiles measured in a sketch on an H100 80GB HBM3 with Triton 3.6.0
 # (7B shapes, descriptors: 0.92 to 1.06 x cuBLAS); the others are chosen for occupancy and checked for spills only.
 CONFIGS = {
-    "large": Config(128, 256, 64, 8, 3),
+    "large": Config(128, 256, 64, 8, 3, 16),
     "medium": Config(128, 128, 64, 8, 3),
     "small": Config(64, 64, 64, 4, 4),
     "narrow": Config(64, 16, 128, 4, 3),  # few columns: u, t, dB
