@@ -6,10 +6,10 @@ measures one implementation: ours, or a peer's of ``peers/steps.py`` where it ca
 adapters, targets and optimizer. Each run is one JSON row, printed and appended to ``records/train.jsonl``.
 
 ``ms``: median over steps, after warm-up, between CUDA events recorded in front of consecutive steps, nothing waited for
-in between: what a training loop takes. ``host_ms`` (beside the row): until a step's call returns when the GPU was idle,
-an upper bound on what the host needs. Peaks are those of all steps, the first included. ``mfu`` counts 4 FLOPs for
-each parameter of a linear (2 forward, 2 for the gradient of its input; a frozen one has no other) and 3.5 forward
-passes of causal attention, without the adapters, over the dense bf16 rate of the GPU."""
+in between: what a training loop takes. ``host_ms``: until a step's call returns when the GPU was idle, an upper bound
+on what the host needs (null for runs of one or two steps). Peaks are those of all steps, the first included. ``mfu``
+counts 4 FLOPs for each parameter of a linear (2 forward, 2 for the gradient of its input; a frozen one has no other)
+and 3.5 forward passes of causal attention, without the adapters, over the dense bf16 rate of the GPU."""
 
 import argparse
 import collections
@@ -18,6 +18,7 @@ import datetime
 import gc
 import importlib
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -199,10 +200,12 @@ def measure(step: Step, run: Run, device: torch.device, warmup: int) -> Measured
     _wait(device)
     wall = (time.perf_counter() - begun) / run.steps
     times = [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in zip(marks, marks[1:])]
-    begun = time.perf_counter()
-    losses.append(step())
-    host = time.perf_counter() - begun
-    _wait(device)
+    host = math.nan
+    if run.steps > 2:  # else a step is long, and what the host needs does not matter
+        begun = time.perf_counter()
+        losses.append(step())
+        host = time.perf_counter() - begun
+        _wait(device)
     return Measured(
         ms=statistics.median(times),
         wall_ms=1e3 * wall,
@@ -307,7 +310,7 @@ def row_of(setting: Setting, run: Run, made: Planned, found: Measured, about: di
         "embed": made.embed,
         "head": made.head,
         "captured": setting.capture,
-        "host_ms": round(found.host_ms, 3),
+        "host_ms": None if math.isnan(found.host_ms) else round(found.host_ms, 3),
     }
 
 

@@ -714,13 +714,14 @@ def counted(monkeypatch, step):
     graphs = []
 
     @contextlib.contextmanager
-    def recording(graph, pool):
+    def recording(graph, pool, stream):
         assert pool == ("pool" if graphs else None)
         graphs.append(graph)
         yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(capture.Captured, "_beside", lambda self: contextlib.nullcontext())
     monkeypatch.setattr(capture.Captured, "_check", lambda self, adapters, state: adapters.device)
     captured = capture.Captured(step)
     captured._addresses = [t.data_ptr() for t in state_of(captured)]

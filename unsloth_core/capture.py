@@ -14,7 +14,8 @@ as are all later ones. The kernels and their arguments are those of the step its
 in the threads in which autograd runs backward; workspaces that a kernel allocates at launch come from that pool too.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Captured:
         self._owned: tuple[Any, Any] | None = None  # adapters and state, as the step returned them
         self._recordings: dict[Any, _Recording] = {}
         self._pool: Any = None
+        self._stream: Any = None
 
     @property
     def graphs(self) -> int:
@@ -60,18 +62,29 @@ class Captured:
                 return self._run(adapters, state, microbatches)
             buffers = [leaf.clone() for leaf in leaves]
             recording = self._recordings[signature] = _Recording(buffers, tree.unflatten(buffers, spec))
-            with offload.keeping(recording.host):
-                return self._run(adapters, state, recording.microbatches)
+            with offload.keeping(recording.host), self._beside():
+                adapters, state, metrics = self._run(adapters, state, recording.microbatches)
+            return adapters, state, tree.map(torch.clone, metrics)  # on this stream: the other's memory is its own
         for buffer, leaf in zip(recording.buffers, leaves):
             buffer.copy_(leaf)
         if recording.graph is None:
             graph = torch.cuda.CUDAGraph()
-            with offload.keeping(recording.host), torch.cuda.graph(graph, pool=self._pool):
+            with offload.keeping(recording.host), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 _, _, recording.metrics = self.step(adapters, state, recording.microbatches)
             recording.graph, self._pool = graph, graph.pool()
         recording.graph.replay()
         # The next replay, of any graph in the pool, writes where these are.
         return adapters, state, tree.map(torch.clone, recording.metrics)
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """On the stream that records: cuBLAS keeps a workspace for every stream that it has seen."""
+        self._stream = self._stream or torch.cuda.Stream()
+        here = torch.cuda.current_stream()
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            yield
+        here.wait_stream(self._stream)
 
     def _run(self, adapters: Any, state: Any, microbatches: Sequence[Batch]) -> tuple[Any, Any, dict[str, Tensor]]:
         out = self.step(adapters, state, microbatches)
@@ -87,6 +100,8 @@ class Captured:
         leaves = tree.leaves((adapters, state))
         if away := [leaf for leaf in leaves if leaf.device.type != "cuda"]:
             raise ValueError(f"capture: adapters or state are on {away[0].device}, expected cuda: a graph is CUDA's")
+        if leaves[0].device.index != torch.cuda.current_device():
+            raise ValueError(f"capture: adapters are on {leaves[0].device}, expected the current device")
         addresses = [leaf.data_ptr() for leaf in leaves]
         if self._addresses is None:
             self._addresses = addresses
