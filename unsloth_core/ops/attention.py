@@ -46,7 +46,7 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..segments import Segments
 from ..tree import ABSENT, Tree
-from . import attention_decode, attention_hopper
+from . import attention_decode, attention_hopper, attention_hopper_bwd
 from .attention_tiles import (
     LN2,
     LOG2E,
@@ -586,17 +586,19 @@ def attention_bwd(
         for t, n, given in zip((q, k, v), needs[:3], into, strict=True)
     )
     P = device.cdiv(N, _ROWS) * _ROWS + 128  # a tile starts at any row and is at most 128 long
-    rows = _ROWS if dq is None else launch.dq.queries
+    fused = tma and attention_hopper_bwd.takes(q, dq, dk, dv)
+    apart = fused or dq is None  # Δ by a kernel of its own, or by that of dq
+    rows = _ROWS if apart else launch.dq.queries
     parts = None
     if sinks is not ABSENT and needs[5]:
-        parts = torch.empty((H, device.cdiv(P if dq is None else N, rows)), dtype=torch.float32, device=where)
+        parts = torch.empty((H, device.cdiv(P if apart else N, rows)), dtype=torch.float32, device=where)
     # What is behind the last row is multiplied by zeros, so it has to be finite.
-    lse_h, delta = (torch.empty if dq is None else torch.zeros)((2, H, P), dtype=torch.float32, device=where).unbind()
+    lse_h, delta = (torch.empty if apart else torch.zeros)((2, H, P), dtype=torch.float32, device=where).unbind()
     dlse = None if dlse is ABSENT else dlse
-    of_rows = (*o.stride(), *do.stride()) if dq is None else o.stride()
+    of_rows = (*o.stride(), *do.stride()) if apart else o.stride()
     of_rows = (*of_rows, *lse.stride(), *((0, 0) if dlse is None else dlse.stride()))
     about_rows = (lse, dlse, None if parts is None else sinks, lse_h, delta, parts)
-    if dq is None:
+    if fused or dq is None:
         device.launch(
             _delta, (P // _ROWS, H), o, do, *about_rows, N, P, *of_rows,
             K, device.next_power_of_2(K), _ROWS, num_warps=4, enable_fp_fusion=True,
@@ -609,7 +611,12 @@ def attention_bwd(
             inner, outer, scale, window, H, group, K, *pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
             tma, **tiles.options(),
         )  # fmt: skip
-    if dk is not None or dv is not None:
+    if fused:
+        attention_hopper_bwd.backward(
+            q, k, v, do, lse_h, delta, dq, dk, dv, q_segments, kv_segments, inner=-inner if scale < 0 else inner,
+            outer=outer, scale=scale, causal=causal, window=window, add=add,
+        )  # fmt: skip
+    elif dk is not None or dv is not None:
         tiles = launch.dkdv
         device.launch(
             _dkdv, (device.cdiv(M, tiles.keys) * G,), q, k, v, do, lse_h, delta, P, dk, dv, *segments, *strides,

@@ -76,9 +76,9 @@ class Tiles(NamedTuple):
 
 
 TABLE = {  # by head size
-    64: Tiles(64, 128, 3, 2, True),
-    80: Tiles(64, 128, 3, 2, True),
-    96: Tiles(64, 128, 3, 2, True),
+    64: Tiles(64, 128, 3, 2, True, 2),
+    80: Tiles(64, 128, 3, 2, True, 1),
+    96: Tiles(64, 128, 3, 2, True, 1),
     128: Tiles(64, 128, 3, 2, True),
     256: Tiles(64, 64, 2, 1, True),
 }
@@ -280,7 +280,8 @@ def _put(x, base, row_stride, head_stride, n, group, M, FIRST: gl.constexpr, BN:
 def _math(
     args,
     GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, K1: gl.constexpr, SLOTS: gl.constexpr,
-    DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr, EARLY: gl.constexpr, HELD: gl.constexpr, K2: gl.constexpr,
+    DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr, EARLY: gl.constexpr, HELD: gl.constexpr,
+    K2: gl.constexpr,
 ):  # fmt: skip
     """Two warpgroups, each with half of the keys: all products of heads up to 128."""
     (q_s, q_s2, do_s, do_s2, k_s, k_s2, v_s, v_s2, lse_s, delta_s, ds_s, dq_s, dq_s2,
@@ -482,12 +483,15 @@ def _barriers(count: gl.constexpr):
 @jit(do_not_specialize=["tiles", "M", "GROUPS", "inner", "outer", "scale"])
 def _backward(
     q_from, do_from, k_from, v_from, sum_to, lse_from, delta_from, q_from2, do_from2, k_from2, v_from2, sum_to2,
-    DK, DV, LO, HI, FIRST, LAST, TURNS, tiles, M, GROUPS, q_h, do_h, k_g, v_g, dk_m, dk_g, dv_m, dv_g, inner, outer, scale,
+    DK, DV, LO, HI, FIRST, LAST, TURNS, tiles, M, GROUPS, q_h, do_h, k_g, v_g, dk_m, dk_g, dv_m, dv_g,
+    inner, outer, scale,
     GROUP: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr, EARLY: gl.constexpr, HELD: gl.constexpr,
+    SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr, EARLY: gl.constexpr,
+    HELD: gl.constexpr, BF16: gl.constexpr,
 ):  # fmt: skip
     """A block of BN keys of one key head. The first blocks, which most queries see under a causal mask, go first."""
     dtype: gl.constexpr = q_from.dtype
+    gl.static_assert((dtype == gl.bfloat16) == BF16)  # BF16 is for the launcher, to which all descriptors are alike
     HEAD: gl.constexpr = K1 + K2
     PARTS: gl.constexpr = 2 if HEAD > 128 else 1
     W: gl.constexpr = K1 // PARTS
@@ -579,9 +583,14 @@ def _descriptor(t: Tensor, heads: int, height: int, width: int) -> TensorDescrip
     )
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor, do: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> bool:
-    """Whether these gradients are for this file; blocks of q, k, v and do can be read by the copy engine."""
-    return device.capability(q.device) == (9, 0) and q.shape[2] in TABLE and all(t is not None for t in (dq, dk, dv))
+def takes(q: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> bool:
+    """Whether these gradients are for this file, if the copy engine can read q, k, v and do: all three of them."""
+    return (
+        device.capability(q.device) == (9, 0)
+        and not device.interpreting()
+        and q.shape[2] in TABLE
+        and all(t is not None for t in (dq, dk, dv))
+    )
 
 
 def backward(
@@ -607,15 +616,15 @@ def backward(
     """Writes dq (N, H, K), dk and dv (M, G, K), whose channels are contiguous, in whatever dtype they have.
 
     ``lse_HP`` (natural, +inf for rows that see nothing; changed to base 2) and ``delta_HP``: fp32, P at least N rounded
-    up to 128. ``inner`` times q·k, or outer·tanh of that, are the scores; with ``add``, dk and dv are added to what is there."""
+    up to 128. ``inner`` times q·k, or outer·tanh of that, are the scores. With ``add``, dk and dv are added to what is
+    there."""
     (N, H, K), (M, G, _) = q.shape, k.shape
     tiles, where, P = TABLE[K], q.device, lse_HP.shape[1]
     (K1, K2), parts = pieces(K), 2 if K > 128 else 1
     rows, blocks = device.cdiv(N, tiles.queries), device.cdiv(M, tiles.keys)
     sums = torch.empty((H, rows * tiles.queries, K), dtype=torch.float32, device=where)
-    turns, lo, hi, first, last = torch.empty(
-        H * rows * parts + 2 * blocks * tiles.keys + 2 * rows, dtype=torch.int32, device=where
-    ).split([H * rows * parts, blocks * tiles.keys, blocks * tiles.keys, rows, rows])
+    sizes = [blocks * tiles.keys] * 2 + [device.cdiv(rows, 4) * 4] * 2 + [H * rows * parts]
+    lo, hi, first, last, turns = torch.empty(sum(sizes), dtype=torch.int32, device=where).split(sizes)
     starts, ends, kv_starts, kv_ends = q_segments.starts_S, q_segments.ends_S, kv_segments.starts_S, kv_segments.ends_S
     S = starts.shape[0]
     device.launch(
@@ -634,7 +643,8 @@ def backward(
         _descriptor(sum_ND, 1, tiles.queries, K2) if K2 else None,
         dk, dv, lo, hi, first, last, turns, rows, M, G, q.stride(1), do.stride(1), k.stride(1), v.stride(1),
         *dk.stride()[:2], *dv.stride()[:2], inner * factor, LOG2E * (outer or 0.0), scale,
-        H // G, K1, K2, tiles.queries, tiles.keys, tiles.slots, tiles.do_slots, add, outer is not None, tiles.early, tiles.held,
+        H // G, K1, K2, tiles.queries, tiles.keys, tiles.slots, tiles.do_slots, add,
+        outer is not None, tiles.early, tiles.held, q.dtype == torch.bfloat16,
         **tiles.options(), enable_fp_fusion=True,
     )  # fmt: skip
     device.launch(
