@@ -1,6 +1,7 @@
 """The launcher never hands out a kernel that Triton would have compiled otherwise, and launches nothing for fakes."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,40 @@ def test_equal_traits_compile_alike(values):
 def test_traits_of_a_row_of_arguments_do_not_run_together():
     assert device._traits(((1, 64), 7)) != device._traits(((1,), 64, 7))
     assert device._traits((1, None)) != device._traits((None, 1))
+
+
+class Kernel:
+    """Stands for a jitted function (x, n, FLAG, EPS), and notes what is compiled and what is run."""
+
+    params = tuple(SimpleNamespace(is_constexpr=fixed) for fixed in (False, False, True, True))
+    arg_names = ("x", "n", "FLAG", "EPS")
+    function = packed_metadata = None
+
+    def __init__(self):
+        self.compiled, self.ran = [], []
+
+    def __getitem__(self, grid):
+        return self._compile
+
+    def _compile(self, x, n, *constexprs):
+        self.compiled.append(constexprs)
+        return SimpleNamespace(
+            function=None, packed_metadata=None, run=lambda *a: self.ran.append((constexprs, a[-2:]))
+        )
+
+
+@pytest.mark.parametrize("constexprs", [[(True, 1e-5), (False, 1e-5)], [(True, 1e-5), (True, 1e-6)]])
+def test_constexprs_by_position_are_told_apart(constexprs, monkeypatch):
+    """Also those that are neither tensors nor integers, and in every call after the first, which is another path."""
+    monkeypatch.setattr(
+        triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda _: 0))
+    )
+    kernel = Kernel()
+    for _ in range(4):
+        for c in constexprs:
+            device._launch(0, kernel, (1,), (MEMORY, 16, *c), {})
+    assert kernel.compiled == constexprs
+    assert kernel.ran == 3 * [(c, c) for c in constexprs]
 
 
 @pytest.mark.parametrize("parameter", [torch.nn.Parameter, lambda t: t])

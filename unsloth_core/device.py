@@ -94,9 +94,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 def _launch(index: int, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    runtime = _RUNTIME.get(id(kernel)) or _count_runtime_parameters(kernel)
     values: list[Any] = []
-    exact: list[Any] = [index, id(kernel), *options, *options.values()]
-    for a in args:
+    exact: list[Any] = [index, id(kernel), *options, *options.values(), *args[runtime:]]
+    for a in args[:runtime]:
         if a.__class__ is Tensor or a.__class__ is Parameter:
             address = a.data_ptr()
             values.append(address)
@@ -105,6 +106,7 @@ def _launch(index: int, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...
         else:
             values.append(a)
             exact += (a,) if a is None or a.__class__ is int else _traits((a,))
+    values += args[runtime:]
     call = tuple(exact)
     found = _CALLS.get(call) or _find(call, index, kernel, args, options)
     hooks = triton.knobs.runtime
