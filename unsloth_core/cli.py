@@ -330,7 +330,7 @@ def _plan(
     config = text_config(hub.read_config(source), source)
     return make_plan(
         {**config, "_name_or_path": source}, run.tokens, memory, sequence=sequence, rank=run.rank, targets=run.targets,
-        optimizer_states=run.optimizer_states, accumulate=run.accumulate, offload=not run.capture,
+        optimizer_states=run.optimizer_states, accumulate=run.accumulate, capture=run.capture,
         quantize=None if quantize is None else quantize.value, dtype=getattr(torch, (dtype or Dtype.bfloat16).value),
     )  # fmt: skip
 

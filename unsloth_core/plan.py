@@ -70,7 +70,7 @@ H100 = Rates(
     link=50e9,
     decode=1.8e12,
     attention=((0, 300e12, 200e12), (2048, 400e12, 280e12), (8192, 450e12, 380e12), (32768, 550e12, 450e12)),
-    host=60e-6,
+    host=150e-6,
 )
 
 
@@ -163,15 +163,13 @@ def plan(
     *,
     embed: str | None = None,
     head: str | None = None,
-    offload: bool = True,
     **step: Any,
 ) -> Plan:
     """The fastest schedule of a LoRA step on ``tokens`` packed tokens whose peak is at most ``budget``.
 
     ``model``: one that is loaded, or the content of a ``config.json``. ``budget``: bytes, or text such as "24GiB"; by
     default no limit. ``embed``, ``head``: where they are, as for ``load``; None lets the plan choose between device and
-    host (a tied head is where the embedding is). ``offload=False``: nothing goes to the host between forward and
-    backward, as for a step that is captured. ``step``: the keywords of :func:`predict`. A pure function of these.
+    host (a tied head is where the embedding is). ``step``: the keywords of :func:`predict`. A pure function of these.
     Raises ValueError for options that are not such, and if nothing fits, with the smallest budget that would."""
     for name, place, places in (("embed", embed, PLACES[:2]), ("head", head, PLACES)):
         if place not in (None, *places):
@@ -182,8 +180,7 @@ def plan(
     with backend.using("triton"):  # whatever the user tries here: it is the GPU's step that is planned
         for schedules in run.stages():
             for schedule in schedules:
-                if offload or OFFLOAD not in (schedule.policy or {}).values():
-                    found += run.candidates(schedule, embed, head)
+                found += run.candidates(schedule, embed, head)
             if any(limit is None or c.peak <= limit for c in found):
                 break
         if limit is not None and (pair := _around(found, limit)):
@@ -212,7 +209,8 @@ def predict(
 
     ``step``: ``sequence``, length of the segments, for the price of attention (default all tokens); ``quantize``,
     ``rank`` (16), ``targets`` ("all-linear"), ``optimizer_states`` ("fp32") and ``dtype`` (bfloat16) as for ``load``,
-    ``lora.init`` and ``finetune``; ``accumulate`` (1), microbatches of ``tokens`` in a step; ``rates`` (H100)."""
+    ``lora.init`` and ``finetune``; ``accumulate`` (1), microbatches of ``tokens`` in a step; ``capture`` (False),
+    whether it is a CUDA graph, which does not wait for the host; ``rates`` (H100)."""
     if schedule.policy is None:
         family = _Shape.of(model).family
         kept = dict.fromkeys(("attn",) if schedule.tile else family.SAVED, SAVE)
@@ -460,6 +458,7 @@ class _Runs:
         quantize: str | None = None,
         optimizer_states: str = "fp32",
         accumulate: int = 1,
+        capture: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         rates: Rates = H100,
     ) -> None:
@@ -474,7 +473,7 @@ class _Runs:
         self.shape = shape = _Shape.of(model)
         self.tokens, self.length, self.rates = tokens, length, rates
         self.rank, self.targets, self.quantize, self.dtype = rank, targets, quantize, dtype
-        self.states, self.accumulate = OPTIMIZER_STATES[optimizer_states], accumulate
+        self.states, self.accumulate, self.capture = OPTIMIZER_STATES[optimizer_states], accumulate, capture
         kind = quantize or str(dtype).removeprefix("torch.")
         self.title = f"{shape.name}, {kind}, {tokens} tokens in segments of {length}, rank {rank}, {rates.name}"
         self.lengths = [length] * (tokens // length) + [tokens % length] * (tokens % length > 0)
@@ -558,7 +557,8 @@ class _Runs:
         if schedule.last:  # between the layers that keep less and those that keep more
             first = layers - schedule.last[0]
             for i in (first - 2, first - 1, first, first + 1):
-                peaks[f"the backward pass where policies change ({i - first:+d})"] = at["backward", i].peak
+                if ("backward", i) in at:
+                    peaks[f"the backward pass where policies change ({i - first:+d})"] = at["backward", i].peak
         return _Found(
             peaks=peaks,
             weights=tree.nbytes(params),
@@ -601,7 +601,8 @@ class _Runs:
 
     def whole(self, schedule: Schedule) -> _Found:
         """The step of the whole model: what every layer adds, it adds for each layer that was left out."""
-        *few, last = [self.run(schedule, layers) for layers in self.sizes]
+        sizes = (self.shape.layers,) if schedule.last else self.sizes  # layers are not alike then
+        *few, last = [self.run(schedule, layers) for layers in sizes]
         if not few:
             return last
         more = self.shape.layers - self.sizes[-1]
@@ -677,20 +678,20 @@ class _Runs:
     # ---- how long it takes
 
     def _seconds(self, at: dict[Any, _Place], layers: int) -> float:
-        """Of a step of ``layers`` layers that are like the second, but for how far attention sees in each."""
+        """Of a step; those of the layers that did not run are like the second, but for how far attention sees."""
         config, spec = self.shape.config, self.shape.family.spec
         busy = sum(at[name].seconds for name in ("start", "loss", "update"))
-        middle = min(1, layers - 1)
-        forward, backward = at["forward", middle], at["backward", middle]
         share = layers / self.shape.layers  # windows come in patterns, which a few layers may not show
         for i in range(self.shape.layers):
             window = spec(config, i).window
+            like = i if layers == self.shape.layers else 1
+            forward, backward = at["forward", like], at["backward", like]
             for place in (forward, backward):
                 attention = place.attends * self.attention(window, False)
                 attention += place.attends_back * self.attention(window, True)
                 copying = forward.away / self.rates.memory  # beside the computation, but through the same memory
                 busy += share * max(place.seconds + attention + copying, forward.away / self.rates.link)
-        calls = sum(place.calls for place in at.values())
+        calls = 0 if self.capture else sum(place.calls for place in at.values())
         return max(busy, calls * self.rates.host) * self.accumulate / min(self.accumulate, 2)
 
     def attention(self, window: int | None, backward: bool) -> float:
