@@ -1,17 +1,24 @@
-"""Residuals on the host: the same bits come back, one layer ahead, and no step leaves anything behind."""
+"""Residuals on the host come back the same, one layer ahead, and no step leaves anything behind; embedding and head.
 
+import dataclasses
 import gc
+import sys
 
 import pytest
 import torch
 from oprule import DEVICE
 from tiny import VERSIONS, judge, ours
+from tiny_folder import write_folder
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unsloth_core import backend, data, lora, offload, optim, random, tree
 from unsloth_core.autodiff import INPUT, OFFLOAD, SAVE, residual_report, value_and_grad
+from unsloth_core.load import load
 from unsloth_core.models.decoder import Schedule
+from unsloth_core.ops import linear_cross_entropy, nf4
 from unsloth_core.train import make_step
+from unsloth_core.tree import ABSENT
+from unsloth_core.weights import Adapted
 
 SMALL = {"vocab_size": 97, "tokens": 16, "segments": 6}
 QUICK = None if DEVICE.type == "cuda" else "reference"  # the interpreter takes seconds for a step
@@ -149,3 +156,83 @@ def test_no_step_leaves_anything_behind():
         found.append(tensors())
     assert found[1] == found[2] == found[3]
     assert metrics["loss"].isfinite()
+
+
+# ------------------------------------------------------------------------------------- embedding and head elsewhere
+
+
+def head_case(V=300, D=64, M=7):
+    g = torch.Generator().manual_seed(3)
+    x = (torch.randn(M, D, generator=g)).to(DEVICE)
+    w = (torch.randn(V, D, generator=g) * 0.2).to(DEVICE)
+    return x, w, torch.randint(0, V, (M,), generator=g).to(DEVICE)
+
+
+def head_losses(x, w, targets, **options):
+    x = x.clone().requires_grad_()
+    loss = linear_cross_entropy(x, w, targets, **options)
+    return loss.detach(), *torch.autograd.grad(loss, x)
+
+
+@pytest.mark.parametrize("name", backend.NAMES)
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_an_nf4_head_is_its_decoded_self(monkeypatch, name, double_quant):
+    monkeypatch.setattr(sys.modules["unsloth_core.ops.linear_cross_entropy"], "HEAD_ROWS", 256)  # so that V has two
+    x, w, targets = head_case()
+    with backend.using(name):
+        q = nf4.quantize(w, double_quant=double_quant)
+        for rows in (ABSENT, torch.tensor([0, 2, 7, 1, 7, 3, 5], device=DEVICE)):
+            want = head_losses(x, nf4.dequantize(q), targets, rows_M=rows)
+            for chunk in (None, 600):
+                found = head_losses(x, q, targets, rows_M=rows, chunk_logits=chunk)
+                for a, b in zip(want, found, strict=True):
+                    torch.testing.assert_close(b, a, rtol=3e-6, atol=1e-6)
+
+
+def test_rows_of_nf4_are_those_of_the_matrix():
+    w = nf4.quantize(head_case(V=600)[1])
+    parts = [nf4.dequantize(nf4.rows(w, i, min(600, i + 256))) for i in range(0, 600, 256)]
+    assert torch.equal(torch.cat(parts), nf4.dequantize(w))
+    with pytest.raises(ValueError, match=r"nf4.rows: rows 0 to 100 of \(600, 64\) begin or end in a block of 16384"):
+        nf4.rows(w, 0, 100)
+
+
+def test_heads_that_cannot_learn_and_nodes_that_are_none_are_refused():
+    x, w, targets = head_case()
+    node = Adapted(base=w, parts=(ABSENT,), rows=(300,))
+    with pytest.raises(NotImplementedError, match="linear_cross_entropy: w is Adapted, expected Tensor or NF4"):
+        linear_cross_entropy(x, node, targets)
+    q = nf4.quantize(w)
+    q = dataclasses.replace(q, nested=dataclasses.replace(q.nested, offset=q.nested.offset.clone().requires_grad_()))
+    with backend.using("triton"), pytest.raises(NotImplementedError, match="no gradient for a w that is NF4"):
+        linear_cross_entropy(x, q, targets)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head", ["host", "nf4", "device"])
+def test_a_model_loads_and_trains_with_them_elsewhere(tmp_path, tied, head):
+    """On a CPU the host is where everything is; on a GPU they are pinned, and the loss is the same."""
+    folder = str(write_folder(tmp_path / "model", tie_word_embeddings=tied))
+    options = {"device": DEVICE, "dtype": torch.float32}
+    model, params = load(folder, embed="host", head=head, **options)
+    here, same = load(folder, **options)
+    away = params.embed if tied or head != "host" else params.head
+    assert (away.is_pinned() if DEVICE.type == "cuda" else away.device == DEVICE) and params.norm.device == DEVICE
+    if head == "nf4" and not tied:
+        same = dataclasses.replace(same, head=nf4.dequantize(params.head))
+    one = data.Batch.of([([1, 5, 7, 2, 9], None), ([3, 4, 8], None)], vocab_size=258, tokens=16, segments=6)
+    adapters = tree.map(lambda t: t + 0.01, lora.init(random.key(0), params, rank=2))
+    with backend.using(QUICK):
+        found, want = (
+            value_and_grad(lambda a, m=m, p=p: m.loss(lora.adapt(p, a), one)[0])(adapters)
+            for m, p in ((model, params), (here, same))
+        )
+    for a, b in zip(tree.leaves(want), tree.leaves(found), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+
+
+def test_a_place_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"load: embed is 'nf4', expected one of \('device', 'host'\)"):
+        load(str(tmp_path), embed="nf4")
+    with pytest.raises(ValueError, match="load: head is 'disk', expected one of"):
+        load(str(tmp_path), head="disk")
