@@ -1,4 +1,4 @@
-"""Residuals on the host come back the same, one layer ahead, and no step leaves anything behind; embedding and head.
+"""Residuals on the host come back the same, one layer ahead, and no step leaves anything behind; embedding and head."""
 
 import dataclasses
 import gc
