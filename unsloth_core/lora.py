@@ -119,7 +119,7 @@ def adapt(params: Any, adapters: Adapters, *, dropout: float = 0.0, key: Tensor 
         by_leaf.setdefault(declaration.path, [ABSENT] * len(declaration.modules))[part] = lora
         rows[declaration.path] = tuple(declaration.modules.values())
     values = {}
-    keys: Any = ABSENT
+    keys: Any = ()
     dropout = 0.0 if key is None else dropout
     if dropout and key is not None:
         if experts_adapted := [path for path in adapters if modules[path][0].experts]:
@@ -130,7 +130,7 @@ def adapt(params: Any, adapters: Adapters, *, dropout: float = 0.0, key: Tensor 
         base = weights.get(params, leaf)
         if isinstance(base, Adapted):
             raise ValueError(f"lora.adapt: {'.'.join(map(str, leaf))} carries adapters already; merge them first")
-        own = keys if keys is ABSENT else keys[first : first + len(parts)]
+        own = keys[first : first + len(parts)]
         values[leaf] = Adapted(base=base, parts=tuple(parts), rows=rows[leaf], key=own, dropout=dropout)
         first += len(parts)
     return weights.replace(params, values)

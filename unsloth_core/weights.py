@@ -70,12 +70,12 @@ class Adapted:
     """A frozen base with one ``LoRA | ABSENT`` per declared part; part i owns ``rows[i]`` rows of the base.
 
     ``key`` (parts, 2): each adapter's input is dropped out with probability ``dropout`` and its own key of
-    :mod:`.random`. ABSENT: nothing is.
+    :mod:`.random`. Empty (which torch.compile can trace, unlike ABSENT): nothing is.
     """
 
     base: Tensor | NF4 | Stacked
     parts: tuple[Any, ...]
-    key: Tensor | Any = ABSENT
+    key: Tensor | tuple[()] = ()
     rows: tuple[int, ...] = static()
     dropout: float = static(0.0)
 

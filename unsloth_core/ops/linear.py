@@ -63,7 +63,7 @@ def linear_fwd(
     update, overlap, blocks = ABSENT, False, None
     if isinstance(w, Adapted) and any(part is not ABSENT for part in parts):
         which = low_rank.adapters(w, (m, c))
-        if w.key is ABSENT:
+        if not isinstance(w.key, Tensor):
             path = choose(x.shape[0], m, x.dtype, x.device, update=True, gradient=False)
             overlap = path == "descriptors" and not coded
             u_NR, _, v_MR, _ = low_rank.onto_ranks(which, x, ABSENT, pack="v", overlap=overlap)
@@ -94,7 +94,7 @@ def linear_bwd(residuals: tuple[Any, Weight], dy_NM: Tensor, *, needs: Any) -> t
     if isinstance(w, Adapted) and any(part is not ABSENT for part in parts) and (needs_x or wants_parts):
         which = low_rank.adapters(w, (m, c))
         want_a, want_b = [needs_parts[i].a for i in which.index], [needs_parts[i].b for i in which.index]
-        if w.key is not ABSENT:
+        if isinstance(w.key, Tensor):
             add, da, db = low_rank_dropout.backward(w, which, x, dy, needs_x, want_a, want_b)
         else:
             path = choose(dy.shape[0], c, dy.dtype, dy.device, update=True, gradient=False)
@@ -263,7 +263,7 @@ def _check(x: Tensor, w: Weight, bias: Any, add: Any) -> tuple[int, int]:
             r = part.a.shape[0]
             _agree(f"w.parts[{i}].a", part.a, (r, c), x, any_dtype=True)
             _agree(f"w.parts[{i}].b", part.b, (m_i, r), x, any_dtype=True)
-    if isinstance(w, Adapted) and w.key is not ABSENT:
+    if isinstance(w, Adapted) and isinstance(w.key, Tensor):
         if tuple(w.key.shape) != (len(parts), 2) or w.key.dtype != torch.int64:
             expected = f"({len(parts)}, 2) torch.int64, a key of random for each part"
             raise ValueError(f"linear: w.key is {tuple(w.key.shape)} {w.key.dtype}, expected {expected}")

@@ -31,7 +31,7 @@ def linear(x_NC: Tensor, w: Weight, bias: Tensor | Any = ABSENT, add: Tensor | A
         y = y + bias.to(wide)
     if isinstance(w, Adapted) and any(part is not ABSENT for part in parts):
         inputs = [x for _ in parts]
-        if w.key is not ABSENT:
+        if isinstance(w.key, Tensor):
             inputs = [dropout(x_NC, key, p=w.dropout).to(wide) for key in w.key.unbind()]
         updates = [_update(x_i, part, m, x_NC.dtype) for x_i, part, m in zip(inputs, parts, rows, strict=True)]
         y = y + torch.cat(updates, dim=-1)
