@@ -39,7 +39,7 @@ from perf import random_model  # noqa: E402
 from unsloth_core import data, lora, optim, random  # noqa: E402
 from unsloth_core.autodiff import SAVE  # noqa: E402
 from unsloth_core.models.decoder import Schedule  # noqa: E402
-from unsloth_core.plan import plan  # noqa: E402
+from unsloth_core.plan import plan, predict  # noqa: E402
 from unsloth_core.train import OPTIMIZER_STATES, make_step  # noqa: E402
 
 IMPLS = ("ours", "unsloth", "hf", "liger")
@@ -131,20 +131,20 @@ def ours(setting: Setting) -> Prepare:
 
     def prepare(run: Run) -> Planned:
         nonlocal params
-        chosen = {"embed": setting.embed or "device", "head": setting.head or "device", "policy": run.policy}
+        raw = random_model.raw_config(setting.shape)
+        facts = {
+            "sequence": run.seq, "rank": setting.rank, "quantize": quantize, "optimizer_states": setting.optimizer,
+            "dtype": dtype, "capture": setting.capture,
+        }  # fmt: skip
         if run.policy == "plan":
-            best = plan(
-                random_model.raw_config(setting.shape), run.tokens,
-                None if setting.memory_gib is None else int(setting.memory_gib * 2**30), sequence=run.seq,
-                rank=setting.rank, quantize=quantize, optimizer_states=setting.optimizer, dtype=dtype,
-                embed=setting.embed, head=setting.head,
-            ).best  # fmt: skip
-            schedule = best.schedule
-            chosen = {"embed": best.embed, "head": best.head, "policy": best.describe()}
-            chosen["predicted_gib"] = best.peak / 2**30
+            budget = None if setting.memory_gib is None else int(setting.memory_gib * 2**30)
+            best = plan(raw, run.tokens, budget, embed=setting.embed, head=setting.head, **facts).best
+            schedule, policy = best.schedule, best.describe()
         else:
-            schedule = schedule_of(run.policy)
-        params = random_model.placed(params, chosen["embed"], chosen["head"])
+            schedule, policy = schedule_of(run.policy), run.policy
+            places = {"embed": setting.embed or "device", "head": setting.head or "device"}
+            best = predict(raw, run.tokens, schedule, **places, **facts)
+        params = random_model.placed(params, best.embed, best.head)
         adapters = lora.init(random.key(0), params, rank=setting.rank)
         optimizer = optim.adamw(LR, state_dtype=OPTIMIZER_STATES[setting.optimizer])
         state = optimizer.init(adapters)
@@ -157,7 +157,7 @@ def ours(setting: Setting) -> Prepare:
             adapters, state, metrics = step(adapters, state, [batch])
             return metrics["loss"]
 
-        return Planned(one, **chosen)
+        return Planned(one, policy, best.peak / 2**30, best.embed, best.head)
 
     return prepare
 

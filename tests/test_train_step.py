@@ -113,7 +113,7 @@ def test_a_row_for_every_run_and_policy(options, capsys, tmp_path):
         assert row.keys() == KEYS | {"optimizer_states", "embed", "head", "captured", "host_ms"}
         assert row["ms"] > 0 and row["tok_s"] == pytest.approx(row["bs"] * row["seq"] / row["ms"] * 1e3, rel=1e-2)
         assert 0 < row["loss_last"] < row["loss_first"] < 6
-        assert (row["peak_alloc_gib"] > 0) == CUDA and row["impl"] == "ours"
+        assert (row["peak_alloc_gib"] > 0) == CUDA and row["impl"] == "ours" and row["predicted_peak_gib"] > 0
     assert [r["loss_last"] for r in rows[::2]] == [r["loss_last"] for r in rows[1::2]]  # a policy changes no bits
 
 
@@ -123,7 +123,7 @@ def test_a_cap_is_planned_for(capsys):
     for options in (["--memory", "1"], ["--policy", "plan", "--embed", "host"], ["--head", "nf4"]):
         assert train_step.main([*common, *options]) == 0
     capped, without, nf4_head = (json.loads(r) for r in capsys.readouterr().out.splitlines() if r.startswith("{"))
-    assert capped["memory_cap_gib"] == 1 and 0 < capped["predicted_peak_gib"] < 1 and "save" in capped["policy"]
+    assert capped["memory_cap_gib"] == 1 and 0 < capped["predicted_peak_gib"] < 1 and capped["policy"] != "plan"
     assert (
         without["memory_cap_gib"] is None and without["embed"] == "host" and without["loss_last"] == capped["loss_last"]
     )
