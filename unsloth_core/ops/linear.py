@@ -65,7 +65,7 @@ def linear_fwd(
         which = low_rank.adapters(w, (m, c))
         if not isinstance(w.key, Tensor):
             path = choose(x.shape[0], m, x.dtype, x.device, update=True, gradient=False)
-            overlap = path == "descriptors" and not coded
+            overlap = path == "descriptors" and not coded and low_rank.beside(which, c)
             u_NR, _, v_MR, _ = low_rank.onto_ranks(which, x, ABSENT, pack="v", overlap=overlap)
         else:
             u_NR, v_MR = low_rank_dropout.forward(w, which, x)
@@ -98,7 +98,7 @@ def linear_bwd(residuals: tuple[Any, Weight], dy_NM: Tensor, *, needs: Any) -> t
             add, da, db = low_rank_dropout.backward(w, which, x, dy, needs_x, want_a, want_b)
         else:
             path = choose(dy.shape[0], c, dy.dtype, dy.device, update=True, gradient=False)
-            overlap = path == "descriptors" and needs_x
+            overlap = path == "descriptors" and needs_x and low_rank.beside(which, m + c * any(want_b))
             how = low_rank.cut(which, dy.shape[0], any(want_a), want_b, dy.device)
             u_NR, t_NR, a_RC, arrived = low_rank.onto_ranks(
                 which,

@@ -8,9 +8,9 @@ x (N, C), dy (N, M), u and t (N, R); R is the sum of the ranks, padded with zero
 
 :func:`onto_ranks` makes whichever of u and t is wanted, reading x and dy once for all adapters, straight from their
 fp32 leaves, which are rounded to the dtype of the tokens on the way. The same launch writes the operand that the base
-product adds on its accumulator, v or a, in that dtype. On Hopper it lets the next kernel of the stream begin at once
-(programmatic dependent launch), which waits for u or t only when its first sum is done. A short pass for one adapter
-takes little enough shared memory to stand beside the product on every multiprocessor; others run before it.
+product adds on its accumulator, v or a, in that dtype. On Hopper a short pass for one adapter takes little enough
+shared memory to stand beside the product on every multiprocessor: it lets the next kernel of the stream begin at once
+(programmatic dependent launch), which waits for u or t only when its first sum is done. Other passes run before it.
 
 Blocks are ranks x tokens, or ranks x columns, with at most 32 ranks: on Hopper that makes them products of one warp
 (mma.sync). Reads bound these kernels, and with 64 tokens x 16 ranks on the tensor cores of a warp group (wgmma) ptxas
@@ -259,11 +259,12 @@ CONFIGS = {
     "onto ranks": Thin(32, 256, 4, 3),
     "beside products": Thin(32, 64, 4, 4),  # as little shared memory as the product leaves
     "onto ranks, few tokens": Thin(16, 256, 4, 3),
-    "gradients": Thin(64, 128, 4, 4),  # inner: columns of a tile
+    "gradients": Thin(64, 64, 4, 4),  # inner: columns of a tile
     "interpreted": Thin(32, 64, 4, 2),
 }
 # The most columns of x and dy that are read beside the base product, on an H100 80GB HBM3 with Triton 3.6.0: forward at
-# 4096 x 4096 x 4096 then costs 1.13 x cuBLAS's plain product instead of 1.16. Longer passes hold up the first tiles.
+# 4096 x 4096 x 4096 then costs 1.11 x cuBLAS's plain product instead of 1.15. Longer passes, and those of several
+# adapters, hold up the first tiles more than they save.
 BESIDE = 8192
 _RANKS = 32  # the most that one block has
 _PACKED_COLUMNS = tl.constexpr(256)  # of a, per program
@@ -316,8 +317,7 @@ def _plan(
     ranks: tuple[int, ...], shape: tuple[int, int], n: int, u: bool, t: bool, pack: str, overlap: bool, sms: int
 ) -> _Plan:
     (m, c), interpreted = shape, device.interpreting()
-    beside = overlap and len(ranks) == 1 and c * u + m * t <= BESIDE
-    name = "beside products" if beside else "onto ranks" if n > 16 else "onto ranks, few tokens"
+    name = "beside products" if overlap else "onto ranks" if n > 16 else "onto ranks, few tokens"
     config = CONFIGS["interpreted" if interpreted else name]
     R = device.cdiv(sum(ranks), 16) * 16
     u_ranks, t_ranks = (min(_RANKS, device.next_power_of_2(max(16, r))) for r in (R, max(ranks)))
@@ -341,11 +341,16 @@ def _plan(
         "enable_fp_fusion": True,
     }
     workers = u_jobs + t_jobs
-    if beside:  # one program next to each of the product's
+    if overlap:  # one program next to each of the product's
         workers = min(workers, sms)
     return _Plan(
         R, (R, c) if pack == "a" else (m, R), workers + packing, (u_jobs, t_jobs, workers, t_blocks_r), options
     )
+
+
+def beside(which: Adapters, columns: int) -> bool:
+    """Whether a pass over so many columns of x and dy had better run beside the base product than before it."""
+    return len(which.parts) == 1 and columns <= BESIDE
 
 
 def onto_ranks(
