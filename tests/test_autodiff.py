@@ -91,7 +91,7 @@ MISFITS = {
         X,
         Adapted(base=X, parts=(None,), rows=(4,)),
     ),
-    "linear_cross_entropy: w_VD is Stacked, expected Tensor": (
+    "linear_cross_entropy: w_VD is Stacked, expected Tensor or NF4": (
         ops.linear_cross_entropy,
         X,
         Stacked(parts=(X,)),

@@ -20,7 +20,7 @@ from . import backend, offload, tracing, tree
 from .device import is_fake
 from .segments import Segments
 from .tree import ABSENT, Tree
-from .weights import Weight
+from .weights import Head, Weight
 
 SAVE = "save"
 RECOMPUTE = "recompute"
@@ -139,7 +139,7 @@ def _kind(p: inspect.Parameter) -> tuple[type, ...]:
     """What an argument may be; empty if anything."""
     if p.default is ABSENT:
         return (Tensor, type(ABSENT))
-    return get_args(p.annotation) or (p.annotation,) if p.annotation in (Tensor, Segments, Weight) else ()
+    return get_args(p.annotation) or (p.annotation,) if p.annotation in (Tensor, Segments, Weight, Head) else ()
 
 
 def _misfit(op_name: str, parameters: Sequence[inspect.Parameter], args: Sequence[Any]) -> str:

@@ -81,6 +81,7 @@ class Adapted:
 
 
 Weight = Tensor | NF4 | Stacked | Adapted
+Head = Tensor | NF4  # what the losses that make their own logits multiply by
 
 
 def shape(w: Weight) -> tuple[int, int]:

@@ -56,7 +56,7 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch, next_power_of_2
 from ..tree import ABSENT
-from ..weights import NF4, Weight, shape
+from ..weights import NF4, Head
 from . import nf4
 from .checks import check_device, check_dtype
 from .cross_entropy import check_options, check_targets, forward_pass, pointer, pointer_and_stride, total
@@ -223,10 +223,8 @@ def check_linear(
             raise ValueError(f"{op}: {name} has strides {t.stride()}, expected a last stride of 1")
 
 
-def check_head(op: str, x: Tensor, w: Any, needs: Any) -> bool:
-    """Whether w wants a gradient. Raises NotImplementedError for a node that is no head, or one that cannot learn."""
-    if not isinstance(w, Tensor | NF4):
-        raise NotImplementedError(f"{op}: w is {type(w).__name__}, expected Tensor or NF4")
+def check_head(op: str, x: Tensor, w: Head, needs: Any) -> bool:
+    """Whether w wants a gradient. Raises NotImplementedError if it cannot have one."""
     trainable = tree.any(needs)
     if trainable and (isinstance(w, NF4) or w.device != x.device):
         raise NotImplementedError(f"{op}: no gradient for a w that is NF4 or on another device; detach it")
@@ -235,7 +233,7 @@ def check_head(op: str, x: Tensor, w: Any, needs: Any) -> bool:
 
 def linear_cross_entropy_fwd(
     x_ND: Tensor,
-    w_VD: Weight,
+    w_VD: Head,
     targets_M: Tensor,
     rows_M: Any = ABSENT,
     *,
@@ -251,13 +249,13 @@ def linear_cross_entropy_fwd(
     ``targets[i]`` belongs to row ``rows[i]`` of x. An entry of ``rows`` equal to N is padding; others appear
     at most once. Targets outside [0, V), and rows outside [0, N], make the sum NaN. ``chunk_logits``: about how many
     logits exist at a time; less memory for more time, and the same result but for the order of sums over tokens.
-    Raises ValueError for other shapes, dtypes, devices, strides or options, NotImplementedError for another weight node
-    and for the gradient of a head that is NF4 or on the host.
+    Raises ValueError for other shapes, dtypes, devices, strides or options, TypeError for another weight node,
+    NotImplementedError for the gradient of a head that is NF4 or on the host.
     """
     trainable = check_head("linear_cross_entropy", x_ND, w_VD, needs[1])
     check_linear("linear_cross_entropy", x_ND, w_VD, targets_M, rows_M, chunk_logits, away=True)
     check_options("linear_cross_entropy", label_smoothing, z_loss, softcap)
-    (N, D), V, M = x_ND.shape, shape(w_VD)[0], targets_M.shape[0]
+    (N, D), V, M = x_ND.shape, w_VD.shape[0], targets_M.shape[0]
     need_x, need_w = needs[0], trainable
     chunk = chunk_rows(M, V, need_w, chunk_logits)
 

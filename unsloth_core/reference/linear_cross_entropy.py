@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..tree import ABSENT
-from ..weights import NF4, Weight
+from ..weights import NF4, Head
 from .cross_entropy import check_options, check_targets, cross_entropy
 from .nf4 import dequantize
 
@@ -52,7 +52,7 @@ def target_rows(x_ND: Tensor, targets_M: Tensor, rows_M: Any, V: int, ignore_ind
 
 def linear_cross_entropy(
     x_ND: Tensor,
-    w_VD: Weight,
+    w_VD: Head,
     targets_M: Tensor,
     rows_M: Any = ABSENT,
     *,
@@ -64,13 +64,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The sum of the losses as a 0-d tensor, fp32 (float64 for float64 inputs). ``w`` is a Tensor or NF4.
 
-    An entry of ``rows_M`` equal to N is padding. Raises ValueError where PyTorch would say less or broadcast,
-    NotImplementedError for another weight node.
+    An entry of ``rows_M`` equal to N is padding. Raises ValueError where PyTorch would say less or broadcast.
     """
     if isinstance(w_VD, NF4):
         w_VD = dequantize(w_VD)
-    if not isinstance(w_VD, Tensor):
-        raise NotImplementedError(f"linear_cross_entropy: w is {type(w_VD).__name__}, expected Tensor or NF4")
     check_linear("linear_cross_entropy", x_ND, w_VD, targets_M, rows_M, chunk_logits)
     check_options("linear_cross_entropy", label_smoothing, z_loss, softcap)
     V = w_VD.shape[0]
