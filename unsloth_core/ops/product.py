@@ -240,7 +240,7 @@ class Config(NamedTuple):
     group: int = 8  # tiles down before the next column
 
 
-# By shape class. On an H100 80GB HBM3 with Triton 3.6.0, 128 x 256 x 64 was the best of nine tiles at seven shapes of an
+# By shape class. On an H100 80GB HBM3, Triton 3.6.0, 128 x 256 x 64 was the best of nine tiles at seven shapes of an
 # 8B model (descriptors with a LoRA step: 1.02 to 1.04 x cuBLAS's plain product, forward and dx), and 128 x 128 x 64 of
 # six at those of SmolLM2-135M. The others are chosen for occupancy and checked for spills only.
 CONFIGS = {
