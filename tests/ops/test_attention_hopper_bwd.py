@@ -86,11 +86,12 @@ def test_the_plan_covers_what_is_visible(lengths, gap, causal, window, tile):
     assert torch.isinf(lse[:, N:]).all()
 
 
-def test_other_machines_are_refused():
-    q = rand((64, 2, 128), torch.bfloat16, seed=0)
-    assert hopper.takes(q, q, q, q) == (DEVICE.type == "cuda" and device.capability(DEVICE) == (9, 0))
-    assert not hopper.takes(q, q, None, q)
-    assert not hopper.takes(q[..., :72], q, q, q)
+def test_what_is_taken():
+    q, (long, _) = rand((64, 2, 128), torch.bfloat16, seed=0), packed([2**30])
+    assert hopper.takes(q, q, q, q, long, long) == (DEVICE.type == "cuda" and device.capability(DEVICE) == (9, 0))
+    assert not hopper.takes(q, q, None, q, long, long)
+    assert not hopper.takes(q[..., :72], q, q, q, long, long)
+    assert not hopper.takes(q, q, q, q, long, packed([64])[0])
 
 
 CASES = {  # queries and keys of each segment, rows between segments, H, G, statics

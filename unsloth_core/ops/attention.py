@@ -586,7 +586,7 @@ def attention_bwd(
         for t, n, given in zip((q, k, v), needs[:3], into, strict=True)
     )
     P = device.cdiv(N, _ROWS) * _ROWS + 128  # a tile starts at any row and is at most 128 long
-    fused = tma and attention_hopper_bwd.takes(q, dq, dk, dv)
+    fused = tma and attention_hopper_bwd.takes(q, dq, dk, dv, q_segments, kv_segments)
     apart = fused or dq is None  # Δ by a kernel of its own, or by that of dq
     rows = _ROWS if apart else launch.dq.queries
     parts = None

@@ -60,28 +60,24 @@ LOG2E = 1.4426950408889634
 
 class Tiles(NamedTuple):
     """One row of the launch table: a program holds ``keys`` rows of k and v and walks blocks of ``queries`` rows, of
-    which q has ``slots`` in shared memory and do has ``do_slots``."""
+    which q has ``slots`` in shared memory and do has ``do_slots``. ``held``: v (1), or k and v (2), are first operands
+    from registers."""
 
     queries: int
     keys: int
     slots: int
     do_slots: int
-    early: bool
-    held: int = 0
-    pair: bool = False
-
-    def options(self) -> dict[str, int]:
-        """Launch options."""
-        return {"num_warps": 4, "maxnreg": 128} if self.pair else {"num_warps": 8}
+    held: int
 
 
 TABLE = {  # by head size
-    64: Tiles(64, 128, 3, 2, True, 2),
-    80: Tiles(64, 128, 3, 2, True, 1),
-    96: Tiles(64, 128, 3, 2, True, 1),
-    128: Tiles(64, 128, 3, 2, True),
-    256: Tiles(64, 64, 2, 1, True),
+    64: Tiles(64, 128, 3, 2, 2),
+    80: Tiles(64, 128, 3, 2, 1),
+    96: Tiles(64, 128, 3, 2, 1),
+    128: Tiles(64, 128, 3, 2, 0),
+    256: Tiles(64, 64, 2, 1, 0),
 }
+WORTH = 2**35  # products of channels; below that, two kernels of seven products were as fast on an H100
 ADDERS = gl.constexpr(3)  # warps that add tiles of dq, in turn: the time of one addition is that of several steps
 
 
@@ -280,7 +276,7 @@ def _put(x, base, row_stride, head_stride, n, group, M, FIRST: gl.constexpr, BN:
 def _math(
     args,
     GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, K1: gl.constexpr, SLOTS: gl.constexpr,
-    DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr, EARLY: gl.constexpr, HELD: gl.constexpr,
+    DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr, HELD: gl.constexpr,
     K2: gl.constexpr,
 ):  # fmt: skip
     """Two warpgroups, each with half of the keys: all products of heads up to 128."""
@@ -290,12 +286,11 @@ def _math(
      dk_m, dk_g, dv_m, dv_g) = args  # fmt: skip
     dtype: gl.constexpr = q_s.dtype
     R2: gl.constexpr = K2 if K2 > 0 else 16
-    WARPS: gl.constexpr = BN // 16
-    DOWN: gl.constexpr = BM // 16 if BM < BN else WARPS  # a tile of dq is that many warps high
-    SIDE: gl.constexpr = WARPS // DOWN
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 16])
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, K1, 16])
-    layout2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, R2, 16])
+    DOWN: gl.constexpr = BM // 16  # a tile of dq is that many warps high
+    SIDE: gl.constexpr = 8 // DOWN
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BM, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, K1, 16])
+    layout2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, R2, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [DOWN, SIDE], [16, K1 // SIDE, 16])
     dq_layout2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [DOWN, SIDE], [16, R2 // SIDE, 16])
     column: gl.constexpr = gl.SliceLayout(0, s_layout)
@@ -335,21 +330,13 @@ def _math(
         if not SOFTCAP:
             slope = p
         p16 = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, layout, 2))
-        if EARLY:
-            dv_begun = warpgroup_mma(p16, do, dv, is_async=True)
-            if K2 > 0:
-                dv_begun2 = warpgroup_mma(
-                    gl.convert_layout(p16, gl.DotOperandLayout(0, layout2, 2)), do2, dv2, is_async=True
-                )
+        dv_begun = warpgroup_mma(p16, do, dv, is_async=True)
+        if K2 > 0:
+            p16_2 = gl.convert_layout(p16, gl.DotOperandLayout(0, layout2, 2))
+            dv_begun2 = warpgroup_mma(p16_2, do2, dv2, is_async=True)
         delta = _statistic(delta_s.index(d), BM, column)
-        dp = warpgroup_mma_wait(PIECES if EARLY else 0, deps=(dp_begun,))
+        dp = warpgroup_mma_wait(PIECES, deps=(dp_begun,))
         ds = (slope * (dp - delta[None, :])).to(dtype)
-        if not EARLY:
-            dv_begun = warpgroup_mma(p16, do, dv, is_async=True)
-            if K2 > 0:
-                dv_begun2 = warpgroup_mma(
-                    gl.convert_layout(p16, gl.DotOperandLayout(0, layout2, 2)), do2, dv2, is_async=True
-                )
         ds_s.store(ds)
         fence_async_shared()
         barrier()
@@ -389,7 +376,7 @@ def _math(
 def _math_wide(
     args,
     GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr,
-    DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr, EARLY: gl.constexpr, W: gl.constexpr,
+    DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """Two warpgroups, each with half of the channels of dk, dv and dq, and half of the queries of a tile of scores: P
     and dS therefore change hands in shared memory. dq goes in two parts of W channels."""
@@ -427,18 +414,13 @@ def _math_wide(
             slope = p
         p_s.store(p.to(dtype))
         delta = _statistic(delta_s.index(d), BM, column)
-        if EARLY:
-            fence_async_shared()
-            barrier()
-            dv_begun = warpgroup_mma(p_s, do, dv, is_async=True)
-            dp = warpgroup_mma_wait(1, deps=(dp_begun,))
-        else:
-            dp = warpgroup_mma_wait(0, deps=(dp_begun,))
+        fence_async_shared()
+        barrier()
+        dv_begun = warpgroup_mma(p_s, do, dv, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=(dp_begun,))
         ds_s.store((slope * (dp - delta[None, :])).to(dtype))
         fence_async_shared()
         barrier()
-        if not EARLY:
-            dv_begun = warpgroup_mma(p_s, do, dv, is_async=True)
         ds_t = ds_s.permute((1, 0))
         dq_begun = warpgroup_mma(ds_t, k_s.slice(0, W, dim=1), dq_zero, use_acc=False, is_async=True)
         dk_begun = warpgroup_mma(ds_s, q, dk, is_async=True)
@@ -486,7 +468,7 @@ def _backward(
     DK, DV, LO, HI, FIRST, LAST, TURNS, tiles, M, GROUPS, q_h, do_h, k_g, v_g, dk_m, dk_g, dv_m, dv_g,
     inner, outer, scale,
     GROUP: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr, EARLY: gl.constexpr,
+    SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr,
     HELD: gl.constexpr, BF16: gl.constexpr,
 ):  # fmt: skip
     """A block of BN keys of one key head. The first blocks, which most queries see under a causal mask, go first."""
@@ -498,7 +480,7 @@ def _backward(
     group, n = gl.program_id(0) % GROUPS, gl.program_id(0) // GROUPS
 
     # The tiles of queries [lo, hi) meet this block; of these, [whole_lo, whole_hi) see all of it.
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     lo, hi = 0, 0
     for c in range(0, tiles, 1024):
         at = c + gl.arange(0, 1024, layout=flat)
@@ -542,7 +524,7 @@ def _backward(
         wide = (q_s, do_s, k_s, v_s, lse_s, delta_s, p_s, ds_s, dq_s) + math
         gl.warp_specialize(
             [
-                (_math_wide, (wide, GROUP, BM, BN, K1, SLOTS, DO_SLOTS, ADD, SOFTCAP, EARLY, W)),
+                (_math_wide, (wide, GROUP, BM, BN, K1, SLOTS, DO_SLOTS, ADD, SOFTCAP, W)),
                 (_copy, (copy, GROUP, BM, BN, K1, K2, PARTS, SLOTS, DO_SLOTS)),
                 (_add, (add, GROUP, BM, K1, K2, PARTS, W, 0)),
                 (_add, (add, GROUP, BM, K1, K2, PARTS, W, 1)),
@@ -554,7 +536,7 @@ def _backward(
         narrow = (q_s, q_s2, do_s, do_s2, k_s, k_s2, v_s, v_s2, lse_s, delta_s, ds_s, dq_s, dq_s2) + math
         gl.warp_specialize(
             [
-                (_math, (narrow, GROUP, BM, BN, K1, SLOTS, DO_SLOTS, ADD, SOFTCAP, EARLY, HELD, K2)),
+                (_math, (narrow, GROUP, BM, BN, K1, SLOTS, DO_SLOTS, ADD, SOFTCAP, HELD, K2)),
                 (_copy, (copy, GROUP, BM, BN, K1, K2, PARTS, SLOTS, DO_SLOTS)),
                 (_add, (add, GROUP, BM, K1, K2, PARTS, W, 0)),
                 (_add, (add, GROUP, BM, K1, K2, PARTS, W, 1)),
@@ -583,13 +565,17 @@ def _descriptor(t: Tensor, heads: int, height: int, width: int) -> TensorDescrip
     )
 
 
-def takes(q: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> bool:
-    """Whether these gradients are for this file, if the copy engine can read q, k, v and do: all three of them."""
+def takes(
+    q: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, q_segments: Segments, kv_segments: Segments
+) -> bool:
+    """Whether these gradients are for this file, if the copy engine can read q, k, v and do: all three of them, and
+    enough work that a first block of keys' lead over the last is short beside it, and four launches' time too."""
     return (
         device.capability(q.device) == (9, 0)
         and not device.interpreting()
         and q.shape[2] in TABLE
         and all(t is not None for t in (dq, dk, dv))
+        and q.numel() * min(kv_segments.max_len, q_segments.max_len) >= WORTH
     )
 
 
@@ -644,8 +630,8 @@ def backward(
         dk, dv, lo, hi, first, last, turns, rows, M, G, q.stride(1), do.stride(1), k.stride(1), v.stride(1),
         *dk.stride()[:2], *dv.stride()[:2], inner * factor, LOG2E * (outer or 0.0), scale,
         H // G, K1, K2, tiles.queries, tiles.keys, tiles.slots, tiles.do_slots, add,
-        outer is not None, tiles.early, tiles.held, q.dtype == torch.bfloat16,
-        **tiles.options(), enable_fp_fusion=True,
+        outer is not None, tiles.held, q.dtype == torch.bfloat16,
+        num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     device.launch(
         _finish, (device.cdiv(N, 32), H), sums, dq, first, last, N, rows, *dq.stride()[:2], scale,
