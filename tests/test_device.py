@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from unsloth_core import device
 
@@ -85,6 +86,21 @@ def test_constexprs_by_position_are_told_apart(constexprs, monkeypatch):
             device._launch(0, kernel, (1,), (MEMORY, 16, *c), {})
     assert kernel.compiled == constexprs
     assert kernel.ran == 3 * [(c, c) for c in constexprs]
+
+
+def test_traits_of_descriptors_are_those_of_their_blocks():
+    def descriptor(dtype, block):
+        base = torch.empty(64, 64, dtype=dtype)
+        return TensorDescriptor(base, [64, 64], [64, 1], block)
+
+    several = [
+        descriptor(torch.bfloat16, [16, 64]),
+        descriptor(torch.float16, [16, 64]),
+        descriptor(torch.float16, [64, 64]),
+    ]
+    traits = [tuple(device._traits((d,))) for d in several]
+    assert len(set(traits)) == 3
+    assert traits[0] == tuple(device._traits((descriptor(torch.bfloat16, [16, 64]),)))
 
 
 @pytest.mark.parametrize("parameter", [torch.nn.Parameter, lambda t: t])

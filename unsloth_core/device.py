@@ -162,6 +162,8 @@ def _traits(args: tuple[Any, ...]) -> list[Any]:
             found.append(a if a < 2 else (a & 15 == 0, a > 0x7FFFFFFF))
         elif a.__class__ is tuple:
             found += (len(a), *_traits(a))
+        elif hasattr(a, "block_shape"):  # a descriptor for the copy engine
+            found += (a.__class__, a.base.dtype, *a.block_shape, getattr(a, "layout", None), a.padding)
         else:
             found.append(a if a is None else a.__class__)
     return found
