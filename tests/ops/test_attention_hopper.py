@@ -75,7 +75,7 @@ def test_what_is_taken(monkeypatch):
     assert takes(q, None) and takes(q, 2.0)
     assert not takes(q, -1.0) and not takes(q, 0.0)
     assert not takes(q.float(), None)
-    assert not takes(q[..., :80], None)
+    assert not takes(q[..., :72], None)
     monkeypatch.setattr(device, "interpreting", lambda: True)
     assert not takes(q, None)
 

@@ -27,16 +27,20 @@ window's edge, a segment's end) come first in one loop, all others in a second w
 *Schedule.* A counter in memory hands out tiles, those of late rows first, which are the longest under a causal mask:
 the programs end within one short tile of each other. Which program does a tile changes no bit of it. The heads of one
 key head run at the same time, and of a long sequence only as many key heads as the L2 cache holds. The producer takes
-the next tile and works out its bounds while the consumers finish the last; they find them in ``notes``.
+the next tile and works out its bounds while the consumers finish the last; they find them in ``notes``. The slot of the
+queries is let go of when a tile's last scores are done: the next queries arrive under its last softmax and product.
 
 Measured on one H100 80GB HBM3, Triton 3.6.0, causal, bf16, TFLOP/s beside cuDNN's in the same run; the peak is 989:
-    head 128, H32/KV8   1×8192  670, cuDNN 614    1×16384  660, 583    2×2048  477, 469
-    head 64, H32/KV8    1×8192  441, 446
-    head 96, H32/KV32   1×4096  461, 385
-    head 256, H16/KV8   1×8192  722, 635
+    head 64, H32/KV8    1×8192  459, cuDNN 447
+    head 80, H32/KV32   1×4096  380, 326
+    head 96, H32/KV32   1×4096  450, 387
+    head 128, H32/KV8   1×8192  673, 615    1×16384  679, 592    2×2048  492, 466
+    head 192, H16/KV16  1×4096  547, 496
+    head 256, H16/KV8   1×8192  720, 636
 What lost there, at head 128 and 8192 tokens, against 653 in the same run: barriers that make the groups take turns at
 the tensor cores (FlashAttention-3's ping-pong) 560; blocks of 64 keys 547; scaling before the next scores are begun
-609. A second slot for queries makes programs take tiles that others could begin sooner: 381, not 477, at 2×2048.
+609. A second slot for queries: 381 instead of 477 at 2×2048. A third warpgroup at head 64, with blocks of 64 keys: no
+change. At 16384 tokens, keys and values of 16 MiB in use at a time instead of 8: 635 instead of 679.
 
 Sources of the ideas: FlashAttention-3 (Shah et al. 2024) for warp specialisation and the order of products; online
 softmax and the rest as in ``attention.py``."""
@@ -103,9 +107,9 @@ class Ring:
         mbarrier.wait(self.empty.index(i % self.slots), (i // self.slots & 1) ^ 1)
 
     @jit
-    def let_go(self, i):
-        """Consumers: the slot is not read any more."""
-        mbarrier.arrive(self.empty.index(i % self.slots), count=1)
+    def let_go(self, i, when=True):
+        """Consumers: the slot is not read any more, if ``when``."""
+        mbarrier.arrive(self.empty.index(i % self.slots), count=1, pred=when)
 
 
 @jit
@@ -192,12 +196,17 @@ def _note(notes, i: gl.constexpr, layout: gl.constexpr):
 
 @jit
 def _produce(
-    q, k, v, notes, counter, q_from, k_from, v_from, segments, N, window, q_h, k_g, v_g, section, tiles,
-    GROUP: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constexpr,
+    q, k, v, notes, counter, Q, K, V, segments, N, window, q_n, q_h, k_m, k_g, v_m, v_g, section, tiles,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr, BN: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """One warp: for tile after tile, what is to be done into ``notes``, and q, k and v into their rings."""
     one_thread: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
     number = gl.arange(0, 8, layout=one_thread)
+    M = segments[6]
+    q_from = _descriptors(Q, N, q_n, q_h, HEADS, ROWS, K1, K2)
+    k_from = _descriptors(K, M, k_m, k_g, HEADS // GROUP, BN, K1, K2)
+    v_from = _descriptors(V, M, v_m, v_g, HEADS // GROUP, BN, K1, K2)
     block, turn = 0, 0
     tile = gl.program_id(0)
     while tile < tiles:
@@ -268,7 +277,7 @@ def _softmax(s, top, total, inner, outer, lo, hi, key, MASK: gl.constexpr, BN: g
 
 @jit
 def _consume(
-    WHO: gl.constexpr, q, k, v, o_tiles, o_rests, notes, o_to, L, SINKS, segments, N, inner, outer, window, section,
+    WHO: gl.constexpr, q, k, v, o_tiles, o_rests, notes, O, L, SINKS, segments, N, inner, outer, window, section,
     tiles, HEADS: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr, BN: gl.constexpr, OWN_O: gl.constexpr,
     CAUSAL: gl.constexpr,
 ):  # fmt: skip
@@ -280,6 +289,7 @@ def _consume(
     rest_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W2, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     every_thread: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
+    o_to = _descriptors(O, N, HEADS * (K1 + K2), K1 + K2, HEADS, ROWS, K1, K2)
     block, turn = 0, 0
     q.await_full(turn)
     x = notes.load(every_thread)
@@ -299,6 +309,8 @@ def _consume(
         k.await_full(block)
         s = warpgroup_mma_wait(0, deps=(_scores(q, WHO, k, block, s_layout, BN, K2),))
         k.let_go(block)
+        if OWN_O:
+            q.let_go(turn, partial + full == 1)
         key = _block(0, begin, first, left, partial, full, BN)
         p, decay, top, total = _softmax(s, top, total, inner, outer, lo, hi, key, True, BN)
         for clear in gl.static_range(2):
@@ -310,12 +322,12 @@ def _consume(
                 acc, rest = _weigh(p, decay, v, block - 1, acc, rest, K2)
                 s = warpgroup_mma_wait(PIECES, deps=(s,))  # all but what _weigh has begun
                 k.let_go(block)
+                if OWN_O:  # else the slot is that of the output too
+                    q.let_go(turn, j + 1 == partial + full)
                 key = _block(j, begin, first, left, partial, full, BN)
                 p, decay, top, total = _softmax(s, top, total, inner, outer, lo, hi, key, not clear, BN)
                 acc, rest = _await(acc, rest, K2)
                 v.let_go(block - 1)
-        if OWN_O:
-            q.let_go(turn)
         v.await_full(block)
         acc, rest = _weigh(p, decay, v, block, acc, rest, K2)
 
@@ -408,8 +420,6 @@ def _forward(
     BN: gl.constexpr, SLOTS: gl.constexpr, OWN_O: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers and descriptors; then every warp goes about its part."""
-    HEAD: gl.constexpr = K1 + K2
-    GROUPS: gl.constexpr = HEADS // GROUP
     dtype: gl.constexpr = Q.dtype.element_ty
     q = _ring(dtype, ROWS, K1, K2, 1, CONSUMERS)
     k = _ring(dtype, BN, K1, K2, SLOTS, 1)
@@ -420,20 +430,16 @@ def _forward(
         if K2 > 0:
             o_rests = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, K2], _layout(ROWS, K2, dtype))
     notes = gl.allocate_shared_memory(gl.int32, [8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_from = _descriptors(Q, N, q_n, q_h, HEADS, ROWS, K1, K2)
-    k_from = _descriptors(K, M, k_m, k_g, GROUPS, BN, K1, K2)
-    v_from = _descriptors(V, M, v_m, v_g, GROUPS, BN, K1, K2)
-    o_to = _descriptors(O, N, HEADS * HEAD, HEAD, HEADS, ROWS, K1, K2)
     segments = (q_starts, q_ends, kv_starts, kv_ends, S, steps, M)
     tiles = gl.cdiv(N, TILE) * HEADS
     gl.warp_specialize(
         [
-            (_consume, (0, q, k, v, o_tiles, o_rests, notes, o_to, L, SINKS, segments, N, inner, outer, window, section,
+            (_consume, (0, q, k, v, o_tiles, o_rests, notes, O, L, SINKS, segments, N, inner, outer, window, section,
                         tiles, HEADS, K1, K2, BN, OWN_O, CAUSAL)),
-            (_consume, (1, q, k, v, o_tiles, o_rests, notes, o_to, L, SINKS, segments, N, inner, outer, window, section,
+            (_consume, (1, q, k, v, o_tiles, o_rests, notes, O, L, SINKS, segments, N, inner, outer, window, section,
                         tiles, HEADS, K1, K2, BN, OWN_O, CAUSAL)),
-            (_produce, (q, k, v, notes, counter, q_from, k_from, v_from, segments, N, window, q_h, k_g, v_g, section,
-                        tiles, GROUP, K1, K2, BN, CAUSAL)),
+            (_produce, (q, k, v, notes, counter, Q, K, V, segments, N, window, q_n, q_h, k_m, k_g, v_m, v_g, section,
+                        tiles, HEADS, GROUP, K1, K2, BN, CAUSAL)),
         ],
         [4, 1], [240, 24],  # warps and registers of each part but the first, which gets what is left: 4 and 240
     )  # fmt: skip
@@ -453,11 +459,13 @@ class Tiles(NamedTuple):
 
 TABLE: dict[int, Tiles] = {  # by head size
     64: Tiles(128, 3, True),
+    80: Tiles(128, 2, True),
     96: Tiles(128, 2, True),
     128: Tiles(128, 2, True),
+    192: Tiles(64, 2, True),
     256: Tiles(64, 2, False),
 }
-CACHE = 2**24  # bytes of keys and values to be in use at a time, of an L2 cache of 50 MB
+CACHE = 2**23  # bytes of keys and values to be in use at a time, of an L2 cache of 50 MB
 
 
 def takes(q: Tensor, scale: float | None) -> bool:
