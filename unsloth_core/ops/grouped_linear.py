@@ -288,6 +288,8 @@ class Config(NamedTuple):
     programs: int = 1
 
 
+# "large" is the fastest of six tiles in each product of Mixtral's and Qwen3-30B-A3B's shapes on an H100 80GB HBM3 with
+# Triton 3.6.0 (perf/LOG.md); the others are chosen for occupancy and checked for spills.
 CONFIGS = {
     "large": Config(128, 256, 64, 8, 3),  # Hopper; fits no other part's shared memory
     "medium": Config(128, 128, 64, 8, 3, 2),
@@ -316,7 +318,8 @@ WEIGHT_CONFIGS = {
     "fp32": Config(64, 64, 16, 4, 2),
     "interpreted": Config(32, 32, 32, 4, 2),
 }
-_GROUP = 8
+_GROUP, _GROUP_OF_LARGE = 8, 32  # row tiles before the next columns: more where an expert's weight is not kept in L2
+_LARGE = 2**25  # bytes. Gathering 4096 columns for 28672: 724 TFLOP/s with 32, 689 with 8; 2048 for 1536: 655 and 672
 _STEP_RANK = 64
 
 
@@ -416,7 +419,7 @@ def rows_product(
         EVEN_K=inner % config.k == 0,
         RANK=rank,
         BLOCK_R=block_r,
-        GROUP=_GROUP,
+        GROUP=_GROUP_OF_LARGE if gather and inner * cols * w.element_size() > _LARGE else _GROUP,
         FLATTEN=w_layout is not None,
         num_warps=config.warps,
         num_stages=config.stages,
@@ -740,7 +743,7 @@ def _check_weight(w: Weight, E: int, x: Tensor) -> tuple[int, int]:
             _agree("w", part, part.shape, x, x.dtype)
         else:
             check_device("grouped_linear", "w", part.codes, "x", x.device)
-    if isinstance(w, Adapted) and w.key is not ABSENT:
+    if isinstance(w, Adapted) and isinstance(w.key, Tensor):
         raise NotImplementedError("grouped_linear: w.key is given, but adapters of experts have no dropout")
     if isinstance(w, Adapted) and (len(parts) != len(rows) or sum(rows) != m):
         raise ValueError(

@@ -28,7 +28,7 @@ def grouped_linear(
         offsets[1:], torch.arange(N * T, dtype=offsets.dtype, device=x.device), right=True
     ).unsqueeze(1)
     base, parts, rows = (w.base, w.parts, w.rows) if isinstance(w, Adapted) else (w, (), ())
-    if isinstance(w, Adapted) and w.key is not ABSENT:
+    if isinstance(w, Adapted) and isinstance(w.key, Tensor):
         raise NotImplementedError("grouped_linear: w.key is given, but adapters of experts have no dropout")
     base_EMC = _dense(base, E, x.dtype).to(wide)
     x_PC = x.to(wide) if gates_NT is not ABSENT else x.to(wide)[order_P.to(torch.int64) // T]
