@@ -20,13 +20,14 @@ segments are never visible, but must be finite (0 · NaN is NaN).
 
 Few queries per segment (decoding) go to ``attention_decode``, which splits the keys over programs.
 
-Residuals: q, k, v, sinks and both segments (arguments), o (an output), lse (an output if asked for, else 4·N·H new
-bytes). Dtype: fp16, bf16 or fp32 in and out; products, softmax and sums in fp32, P and dS rounded to the input's
-dtype for their products; lse fp32. fp32 inputs are multiplied exactly (no tf32). Any strides, no copies: blocks of
-aligned 16-bit heads go through tensor descriptors (Hopper's copy engine), all others through pointers. d_sinks is
-summed from one part per 64 rows, in their order. Bytes (b per element): forward fused (2·N·H + 2·M·G)·K·b; unfused
-2·N·M·H·(4 + b) more. Backward needs 8·N·H scratch. Limits: head size 1 to 256, the same for q, k and v; rows and
-channels lie less than 2^23 elements apart (a cotangent of which they do not is copied); double backward raises.
+Residuals: q, k, v, sinks and both segments (arguments), o (an output), lse (an output if asked for, else
+4·N·H new bytes). Dtype: fp16, bf16 or fp32 in and out; products, softmax and sums in fp32, P and dS rounded
+to the input's dtype for their products; lse fp32. fp32 inputs are multiplied exactly (no tf32). Any strides,
+no copies: blocks of aligned 16-bit heads go through tensor descriptors (Hopper's copy engine), all others
+through pointers. d_sinks is summed from one part per 64 rows, in their order. Bytes (b per element): forward
+fused (2·N·H + 2·M·G)·K·b; unfused 2·N·M·H·(4 + b) more. Backward needs 8·N·H scratch, fused on Hopper 4·N·H·K
+more. Limits: head size 1 to 256, the same for q, k and v; rows and channels lie less than 2^23 elements apart
+(a cotangent of which they do not is copied); double backward raises.
 
 Sources of the ideas: online softmax (Milakov and Gimelshein 2018), FlashAttention-2 (Dao 2023) for the
 two-kernel backward and the loop order, gpt-oss for sinks; base-2 exponentials throughout.

@@ -23,8 +23,13 @@ key, and per tile as a range of blocks: both ends of these never decrease, so "w
 block meets" are the same pairs without holes. Blocks that all keys see whole need no mask.
 
 Bytes: q, k, v, do once, lse and Δ; the sum is written, added to M / 128 times in L2, and read once: 4·N·H·K bytes of
-scratch. Least work: 10·K flops per visible pair and head, 5 products. Deterministic sums by turns: FlashAttention-2
-(Dao 2023), its deterministic backward; warp roles and transposed scores: FlashAttention-3 (Shah et al. 2024).
+scratch. Least work: 10·K flops per visible pair and head, five products. Measured on an H100 (bf16, causal, H32/KV8,
+8192 tokens, the whole backward, TFLOP/s; cuDNN in the same run): head 128 468 to 478 (478 to 512), 64 423 (400), 80
+413 (333), 256 with H16 354 (383). Without turns the kernel alone does 540 at head 128, without dq 570; S, dP and dS·k
+read both operands from shared memory, whose bandwidth, not the matrix units, is the nearest bound.
+
+Sources: deterministic sums by turns, FlashAttention-2 (Dao 2023) in its deterministic mode; roles of warps and transposed
+scores, FlashAttention-3 (Shah et al. 2024).
 """
 
 import functools
