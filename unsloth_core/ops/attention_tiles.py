@@ -27,7 +27,7 @@ def partners(
 ):  # fmt: skip
     """``[lo, hi)``: rows of the other side that ``row`` may meet (keys a query sees, or queries that see a
     key). STEPS is the bit length of S."""
-    # How many segments start at or before the row, by bisection: comparing with all starts at once waits less for memory
+    # How many segments start at or before the row, by bisection: comparing with all starts at once waits less,
     # and took registers (head 64, dq: 137 for 128), and with them the second program of a multiprocessor.
     s = tl.zeros_like(row)
     for j in tl.static_range(STEPS):
