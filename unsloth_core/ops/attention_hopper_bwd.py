@@ -28,8 +28,8 @@ scratch. Least work: 10·K flops per visible pair and head, five products. Measu
 413 (333), 256 with H16 354 (383). Without turns the kernel alone does 540 at head 128, without dq 570; S, dP and dS·k
 read both operands from shared memory, whose bandwidth, not the matrix units, is the nearest bound.
 
-Sources: deterministic sums by turns, FlashAttention-2 (Dao 2023) in its deterministic mode; roles of warps and transposed
-scores, FlashAttention-3 (Shah et al. 2024).
+Sources: deterministic sums by turns, FlashAttention-2 (Dao 2023) in its deterministic mode; roles of warps and
+transposed scores, FlashAttention-3 (Shah et al. 2024).
 """
 
 import functools
