@@ -123,7 +123,7 @@ def test_an_extreme_sink():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"T": 64}, "64 queries for 2 heads per key head, expected at most 64 rows; use attention"),
+        ({"T": 64}, "64 queries for 2 heads per key head, expected at most 32 rows; use attention"),
         ({"page": 3}, "page is 3, expected a power of two"),
         ({"page": None}, "page is None, expected a size if there are pages and None if not"),
         ({"pages": torch.zeros(2, 4)}, "pages is torch.float32 (2, 4), strides (4, 1), expected torch.int32 (S, P)"),
@@ -154,7 +154,7 @@ def test_no_gradient():
 
 def test_what_it_takes():
     one, many = Segments.uniform(2, 1, DEVICE), Segments.uniform(2, 17, DEVICE)
-    assert takes(one, 64) and not takes(one, 65) and takes(many, 2) and not takes(many, 3)
+    assert takes(one, 32) and not takes(one, 33) and takes(many, 1) and not takes(many, 2)
 
 
 def test_cost():

@@ -32,7 +32,9 @@ from .attention_tiles import LN2, LOG2E, LOWEST, check, factors, pieces, probabi
 from .checks import check_device
 from .language import cast, dot
 
-ROWS = 64  # of a tile at most: queries of a segment x query heads of a key head
+# Of a tile at most: queries of a segment x query heads of a key head. With 64 rows the products become Hopper's wgmma,
+# which Triton 3.6 compiles to illegal reads for a head of 33, as it does in the forward pass of ``attention``.
+ROWS = 32
 
 
 @triton.jit
