@@ -613,6 +613,7 @@ def attention_bwd(
             tma, **tiles.options(),
         )  # fmt: skip
     if fused:
+        assert dq is not None and dk is not None and dv is not None
         attention_hopper_bwd.backward(
             q, k, v, do, lse_h, delta, dq, dk, dv, q_segments, kv_segments, inner=-inner if scale < 0 else inner,
             outer=outer, scale=scale, causal=causal, window=window, add=add,

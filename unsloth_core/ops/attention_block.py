@@ -126,10 +126,11 @@ def _backward(
     q, k, v, o, lse, segments, sinks = residuals
     start, end = _rows(q, k, start)
     q_segments, kv_segments = _cut(segments, start, end)
+    dk_here, dv_here = (ABSENT if d is ABSENT else d[:end] for d in (dk, dv))
     dq, _, _, _, _, dsinks = attention_bwd(
         (q, k[:end], v[:end], o, lse, q_segments, kv_segments, sinks), dy,
         needs=(*needs[:3], needs[3], needs[3], *needs[4:]), add=True,
-        into=(ABSENT, *(ABSENT if d is ABSENT else d[:end] for d in (dk, dv))), **statics,
+        into=(ABSENT, dk_here, dv_here), **statics,
     )  # fmt: skip
     return dq, dk if needs[1] else ABSENT, dv if needs[2] else ABSENT, ABSENT, dsinks
 
