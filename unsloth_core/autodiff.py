@@ -40,7 +40,7 @@ _listener: ContextVar["Callable[[str, str, str, Any, dict[str, Any], Tree], None
 
 
 def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the pair ``f_fwd``, ``f_bwd`` a differentiable op ``f`` (the contract is DESIGN's: see CONTRIBUTING).
+    """Make the pair ``f_fwd``, ``f_bwd`` a differentiable op ``f`` (the contract: see CONTRIBUTING).
 
     ``fwd(*args, needs, **statics) -> (out, residuals)`` and ``bwd(residuals, cotangent, *, needs, **statics)`` ->
     one gradient per argument, ABSENT where there is none. Arguments are trees of tensors, statics are keyword-only.
@@ -724,7 +724,7 @@ def tiled(
     """``fn(w, *rows)`` run on ``size`` rows at a time: one call ``name`` to a policy, which keeps its arguments alone.
 
     ``fn`` is made of ops and views, and every leaf of ``rows`` and of what it returns has the rows as its first
-    dimension, each depending on no other: DESIGN's token-local functions. ``sums``, where given, says of each entry of
+    dimension, each depending on no other: a token-local function. ``sums``, where given, says of each entry of
     the tuple that ``fn`` returns whether it is a sum over rows instead. What is alive in the middle of ``fn``,
     forward and backward, is that of one tile. Gradients of ``w`` are added up over tiles in fp32, in order; those of
     rows are as without tiles, as far as the products inside give a row the same bits among fewer others.

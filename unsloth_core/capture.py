@@ -2,13 +2,13 @@
 
 A small model's step is thousands of launches of a few microseconds each, and the GPU waits for the host between them. A
 graph holds the launches, their arguments and the memory in between. Recording asks of a step that it never reads a
-value back and that its shapes are static; ours is such a function (DESIGN §5), and everything that changes from step to
-step (ids, positions, segments, targets, count, rate, step number, clip factor) is a tensor on the device.
+value back and that its shapes are static; ours is such a function, and everything that changes from step to step (ids,
+positions, segments, targets, count, rate, step number, clip factor) is a tensor on the device.
 
 The first step of a shape runs as usual, on the buffers that the graph will use: it compiles and loads every kernel and
 fills every table kept on the device, and pins the host memory that a policy offloads to, none of which may happen while
-recording. The second is recorded and then replayed,
-as are all later ones. The kernels and their arguments are those of the step itself, so are the bits of its results.
+recording. The second is recorded and then replayed, as are all later ones. The kernels and their arguments are those of
+the step itself, so are the bits of its results.
 
 ``torch.cuda.graph`` (PyTorch's documentation, "CUDA Graphs") gives the recording its own stream and memory pool, also
 in the threads in which autograd runs backward; workspaces that a kernel allocates at launch come from that pool too.

@@ -14,7 +14,7 @@ Residuals: q, k, v, segments and sinks (arguments), o (an output), lse (an outpu
 Kernels and dtypes are those of ``attention``, and so are Bytes and Limits; the sums are fp32, and a chunk reads and
 writes those of the keys that it sees (16·K bytes per key and head), in the order of the calls and without atomics: the
 same bits in every run.
-Source of the idea: only attention mixes tokens, so layers run in chunks (DESIGN, section 7).
+Source of the idea: only attention mixes tokens, so a layer can run in chunks of queries.
 """
 
 from collections.abc import Sequence
