@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 # ops/ files that are not an op: no reference, no test of their own, no forward and backward.
 NOT_OPS = {
     "__init__": "lists the ops",
+    "attention_hopper": "attention's forward for Hopper, which attention calls; it has a test of its own",
+    "attention_hopper_bwd": "the same of its backward",
     "attention_tiles": "functions that attention's kernels share; they are tested through every one of them",
     "checks": "demands on tensors that ops share; they are tested through every op",
     "dynamic_map": "an 8-bit number format that nf4 and the optimizer share",

@@ -29,6 +29,7 @@ CALLS = {
     "embedding": lambda: ops.embedding(ids, w),
     "gelu": lambda: ops.gelu(x),
     "glu": lambda: ops.glu(x),
+    "grouped_linear": lambda: ops.grouped_linear(x, torch.stack([w] * 3), ops.route(x[:, :3], top_k=1)[2:5]),
     "layer_norm": lambda: ops.layer_norm(x, w[0], w[1]),
     "linear": lambda: ops.linear(x, w),
     "linear_cross_entropy": lambda: ops.linear_cross_entropy(x, w, ids),
@@ -36,6 +37,7 @@ CALLS = {
     "qk_norm_rope": lambda: ops.qk_norm_rope(heads, heads, w[0, :8], w[1, :8], x[:, :4], x[:, 4:8]),
     "rms_norm": lambda: ops.rms_norm(x, w[0]),
     "rope": lambda: ops.rope(heads, heads, x[:, :4], x[:, 4:8]),
+    "route": lambda: ops.route(x[:, :3], top_k=2),
     "softmax": lambda: ops.softmax(x),
 }
 
