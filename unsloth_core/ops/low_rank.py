@@ -314,8 +314,9 @@ class _Plan(NamedTuple):
 
 @functools.cache
 def _plan(
-    ranks: tuple[int, ...], shape: tuple[int, int], n: int, u: bool, t: bool, pack: str, overlap: bool, sms: int
-) -> _Plan:
+    ranks: tuple[int, ...], shape: tuple[int, int], n: int, u: bool, t: bool, pack: str, overlap: bool, sms: int,
+    capability: tuple[int, int],
+) -> _Plan:  # fmt: skip
     (m, c), interpreted = shape, device.interpreting()
     name = "beside products" if overlap else "onto ranks" if n > 16 else "onto ranks, few tokens"
     config = CONFIGS["interpreted" if interpreted else name]
@@ -337,7 +338,8 @@ def _plan(
         "EVEN_K": c % config.inner == 0,
         "PDL": overlap and not interpreted,
         "num_warps": config.warps,
-        "num_stages": config.stages,
+        # sm_86, sm_89 and sm_120 have 99 KiB of shared memory, where three stages take up to 128.
+        "num_stages": min(config.stages, 2) if capability in ((8, 6), (8, 9), (12, 0)) else config.stages,
         "enable_fp_fusion": True,
     }
     workers = u_jobs + t_jobs
@@ -362,7 +364,10 @@ def onto_ranks(
     """
     some = dy if x is ABSENT else x
     n, has_x, has_dy = some.shape[0], x is not ABSENT, dy is not ABSENT
-    plan = _plan(which.ranks, which.shape, n, has_x, has_dy, pack, overlap, device.sms(some.device))
+    where = some.device
+    plan = _plan(
+        which.ranks, which.shape, n, has_x, has_dy, pack, overlap, device.sms(where), device.capability(where)
+    )  # fmt: skip
     u = some.new_empty((n, plan.width)) if has_x else None
     t = some.new_empty((n, plan.width)) if has_dy else None
     packed = some.new_empty(plan.packed) if pack else None
