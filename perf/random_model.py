@@ -63,9 +63,12 @@ def raw_config(shape: str) -> dict[str, Any]:
 
 def random_model(
     shape: str, *, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, quantize: str | None = None,
-    seed: int = 0,
+    seed: int = 0, embed: str = "device", head: str = "device",
 ) -> tuple[Model, Any]:  # fmt: skip
-    """``model, params`` as ``load`` gives them: matrices normal with standard deviation 0.02, norms 1, no biases."""
+    """``model, params`` as ``load`` gives them: matrices normal with standard deviation 0.02, norms 1, no biases.
+
+    ``embed``, ``head``: as for :func:`placed`; each is put there before the next weight is made, so that the device
+    never holds what a run does not keep on it."""
     raw = raw_config(shape)
     family = family_of(raw)
     config = family.Config.from_hf(raw)
@@ -75,6 +78,8 @@ def random_model(
         drawn = torch.empty(rows, columns, dtype=dtype, device=device)
         return drawn.normal_(std=STANDARD_DEVIATION, generator=generator)
 
+    places = {("embed",): embed, ("head",): head}
+
     def make(declaration: Declaration) -> Any:
         if declaration.path == ("head",) and config.tie_word_embeddings:
             return ABSENT
@@ -83,6 +88,8 @@ def random_model(
         if quantize == "nf4" and declaration.linear:
             parts = [nf4.quantize(matrix(rows, *declaration.rest)) for rows in declaration.rows]
             return parts[0] if len(parts) == 1 else Stacked(parts=tuple(parts))
+        if declaration.path in places:
+            return _moved(matrix(*declaration.shape), places[declaration.path], torch.device(device))
         dense = torch.empty(declaration.shape, dtype=dtype, device=device)
         for part, rows in zip(dense.split(declaration.rows), declaration.rows):
             part.copy_(matrix(rows, *declaration.rest))
@@ -101,18 +108,19 @@ def placed(params: Any, embed: str, head: str) -> Any:
     A tied head is where the embedding is. Raises ValueError for anything else."""
     if embed not in PLACES[:2] or head not in PLACES:
         raise ValueError(f"embedding on {embed!r} and head on {head!r}, expected device or host, for the head also nf4")
+    device = params.norm.device
+    params = dataclasses.replace(params, embed=_moved(params.embed, embed, device))
+    return params if params.head is ABSENT else dataclasses.replace(params, head=_moved(params.head, head, device))
 
-    def moved(t: Any, place: str) -> Any:
-        if place == "nf4":
-            return t if isinstance(t, NF4) else nf4.quantize(t.to(params.norm.device))
-        if isinstance(t, NF4):
-            raise ValueError(f"the head is NF4, expected 16-bit weights to put on the {place}")
-        if place == "device":
-            return t.to(params.norm.device)
-        return t.cpu().pin_memory() if params.norm.is_cuda and t.is_cuda else t
 
-    params = dataclasses.replace(params, embed=moved(params.embed, embed))
-    return params if params.head is ABSENT else dataclasses.replace(params, head=moved(params.head, head))
+def _moved(t: Any, place: str, device: torch.device) -> Any:
+    if place == "nf4":
+        return t if isinstance(t, NF4) else nf4.quantize(t.to(device))
+    if isinstance(t, NF4):
+        raise ValueError(f"the head is NF4, expected 16-bit weights to put on the {place}")
+    if place == "device":
+        return t.to(device)
+    return t.cpu().pin_memory() if device.type == "cuda" and t.is_cuda else t
 
 
 def random_ids(batch: int, seq: int, vocab: int, seed: int = 0) -> Tensor:

@@ -126,7 +126,10 @@ def ours(setting: Setting) -> Prepare:
     """The step of ``unsloth_core.train``."""
     quantize = None if setting.quant == "none" else setting.quant
     dtype = torch.bfloat16 if setting.device.type == "cuda" else torch.float32
-    model, params = random_model.random_model(setting.shape, device=setting.device, dtype=dtype, quantize=quantize)
+    model, params = random_model.random_model(
+        setting.shape, device=setting.device, dtype=dtype, quantize=quantize,
+        embed=setting.embed or "device", head=setting.head or "device",
+    )  # fmt: skip
     vocab = model.config.vocab_size
 
     def prepare(run: Run) -> Planned:
@@ -373,6 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for run in runs:
         gc.collect()
         if cuda:
+            torch._C._cuda_clearCublasWorkspaces()  # one for every stream of the run before, 32 MiB each on Hopper
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         try:

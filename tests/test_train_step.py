@@ -68,6 +68,16 @@ def test_random_weights_are_the_same_dense_and_quantised():
     assert dense.embed.std().item() == pytest.approx(0.02, rel=0.05) and dense.norm.eq(1).all()
 
 
+@pytest.mark.parametrize("head", ["host", "nf4"])
+def test_embedding_and_head_are_made_where_they_will_be(head):
+    """Which is what moving them later gives."""
+    _, params = random_model.random_model("tiny", device=DEVICE)
+    _, there = random_model.random_model("tiny", device=DEVICE, embed="host", head=head)
+    for a, b in zip(tree.leaves(random_model.placed(params, "host", head)), tree.leaves(there), strict=True):
+        assert a.device == b.device and torch.equal(a, b)
+    assert there.embed.device.type == "cpu" and isinstance(there.head, NF4) == (head == "nf4")
+
+
 # ---- the measurement
 
 
