@@ -16,18 +16,22 @@ from safetensors.torch import load_file, save_file
 from tiny import BASE, GEMMA3, MIXED, VERSIONS, checkpoint_of, judge, longrope, ours
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from unsloth_core import backend, lora, random, tree
+from unsloth_core import backend, lora, optim, random, tree
 from unsloth_core.autodiff import SAVE, value_and_grad
 from unsloth_core.data import from_tokens
 from unsloth_core.generate import generate, stream
 from unsloth_core.load import load, named_tensors, read_weights
 from unsloth_core.models import FAMILIES, family_of
 from unsloth_core.ops import nf4
+from unsloth_core.plan import plan
+from unsloth_core.train import finetune, make_step
 from unsloth_core.weights import declared_leaves
 
 SOME = ("mistral-7b-v0.1", "mistral-nemo", "ministral", "qwen2.5", "qwen3", "phi-3-mini-4k", "phi-4-mini")
 SOME += ("gemma-2b", "gemma2", "gemma3", "falcon-7b", "falcon-40b", "mixtral-8x7b", "qwen3-moe-mixed")
 each = pytest.mark.parametrize("version", SOME)
+# Every model type, by the first of its versions.
+EVERY = {model_type: version for version, (model_type, _) in reversed(VERSIONS.items())}
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +182,49 @@ def test_peft_reads_our_adapters_and_we_read_its(version, tmp_path):
             close(read.scale * read.b @ read.a, mine.scale * mine.b @ mine.a)
         else:
             assert torch.equal(read.a, mine.a) and torch.equal(read.b, mine.b) and read.scale == mine.scale, path
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_from_a_config_to_an_answer(model_type, tmp_path):
+    """All of it together: planned, loaded in 4 bits, trained as planned, saved, loaded, asked."""
+    make(EVERY[model_type]).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    planned = plan(json.loads((tmp_path / "config.json").read_text()), 32, quantize="nf4", rank=3)
+    model, params = load(str(tmp_path), device=DEVICE, dtype=torch.float32, quantize="nf4")
+    examples = [{"text": "Thecatsatonthemat"}, {"text": "Whyisitso"}]
+    options = {"tokens": 32, "rank": 3, "lr": 3e-2, "warmup": 0, "steps": 4}
+    output = str(tmp_path / "run")
+    adapters, history = finetune(
+        model, params, examples, policy=planned.schedule, output=output, progress=False, **options
+    )
+    losses = [row["loss"] for row in history]
+    assert losses[-1] < 0.9 * losses[0], losses
+    adapted = lora.adapt(params, lora.load(output, params))
+    assert torch.equal(model.logits(adapted, tokens()), model.logits(lora.adapt(params, adapters), tokens()))
+    (text,) = generate(model, adapted, ["Thecat"], max_new_tokens=6)
+    ids = model.tokenizer.encode("Thecat")
+    for _ in range(6):  # without a cache
+        ids.append(int(model.logits(adapted, torch.tensor([ids], device=DEVICE))[0, -1].argmax()))
+    assert text == model.tokenizer.decode(ids[6:])
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs are recorded and replayed by a GPU alone")
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_a_step_can_be_captured(model_type):
+    """No op of a family, its router neither, reads a value back; and the replayed step has the same bits."""
+    results = []
+    for capture in (False, True):
+        model, params = ours(make(EVERY[model_type]))
+        adapters, optimizer = lora.init(random.key(0), params, rank=2), optim.adamw(1e-2)
+        state = optimizer.init(adapters)
+        step = make_step(model, params, optimizer, max_norm=1.0, policy=None, capture=capture)
+        for seed in range(4):
+            ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(seed))
+            adapters, state, metrics = step(adapters, state, [from_tokens(ids, vocab_size=97).to(DEVICE)])
+        results.append(tree.items((adapters, state, metrics)))
+    assert step.graphs == 1
+    for (path, a), (_, b) in zip(*results, strict=True):
+        assert torch.equal(a, b), path
 
 
 @each
