@@ -234,12 +234,15 @@ def test_long_sums_and_empty_sides(path, rows, cols, inner):
 def test_frozen_weights_cost_no_residual_and_nothing_is_copied():
     x, w = rand((5, 8), seed=1), dense(6, 8, torch.float32, 2)
     with backend.using("triton"):
-        _, (kept, node) = ops.linear.fwd(x, w, ABSENT, ABSENT, needs=(True, False, ABSENT, ABSENT))
-        assert kept is ABSENT and node is w
+        _, (kept, node, u) = ops.linear.fwd(x, w, ABSENT, ABSENT, needs=(True, False, ABSENT, ABSENT))
+        assert kept is ABSENT and node is w and u is ABSENT
         adapted = Adapted(base=w, parts=(lora(6, 8, 2, 3),), rows=(6,))
         needs = tree.map(lambda _: True, adapted)
-        _, (kept, node) = ops.linear.fwd(x, adapted, ABSENT, ABSENT, needs=(False, needs, ABSENT, ABSENT))
-    assert kept is x and node is adapted
+        _, (kept, node, u) = ops.linear.fwd(x, adapted, ABSENT, ABSENT, needs=(False, needs, ABSENT, ABSENT))
+        assert kept is x and node is adapted and u.shape == (5, 16)
+        only_b = Adapted(base=False, parts=(LoRA(a=False, b=True, scale=0.7),), rows=(6,))
+        _, (kept, _, again) = ops.linear.fwd(x, adapted, ABSENT, ABSENT, needs=(True, only_b, ABSENT, ABSENT))
+    assert kept is ABSENT and torch.equal(u, again)
 
 
 @pytest.mark.parametrize("kind, decoding", [("dense", 0), ("nf4", 1), ("stacked", 2)])
@@ -281,7 +284,9 @@ def test_gradient_node_mirrors_the_weight():
     x, dy = rand((5, 8), seed=3), rand((5, 6), seed=4)
     needs = Adapted(base=False, parts=(LoRA(a=False, b=True, scale=0.7), ABSENT), rows=(4, 2))
     with backend.using("triton"):
-        dx, dw, dbias, dadd = ops.linear.bwd((x, w), dy, needs=(False, needs, ABSENT, True))
+        needs = (False, needs, ABSENT, True)
+        _, residuals = ops.linear.fwd(x, w, ABSENT, dy, needs=needs)
+        dx, dw, dbias, dadd = ops.linear.bwd(residuals, dy, needs=needs)
     assert dx is ABSENT and dbias is ABSENT and dadd is dy
     assert dw.base is ABSENT and dw.rows == w.rows and dw.parts[1] is ABSENT
     assert dw.parts[0].a is ABSENT and dw.parts[0].b.shape == (4, 2) and dw.parts[0].scale == 0.7

@@ -9,12 +9,13 @@ x (..., C), W (M, C), bias (M,), add and y (..., M), a (R, C), v (M, R), u and t
 step on the accumulator of one base product; bias and add join in the same epilogue.
 
 Launches, of a dense frozen base with adapters: forward 2, one for u and v of all adapters (:mod:`.low_rank`) and one
-:mod:`.product`; backward 3, one for u, t and a, the product, and one for dA and dB of all adapters. Without adapters
+:mod:`.product`; backward 3, one for t and a, the product, and one for dA and dB of all adapters. Without adapters
 one each way. An NF4 part adds one to each that decodes it. With dropout on the adapters' inputs nothing is shared
 between adapters (:mod:`.low_rank_dropout`).
 
-Residuals: x if a dense weight or an adapter needs its gradient, and the weight node itself: arguments, 0 new bytes.
-u, a and v are rebuilt in backward (2·N·C·R FLOPs against the 2·N·C·M of the product).
+Residuals: x if a dense weight or an A_i needs its gradient, the weight node itself (arguments, 0 new bytes), and u if
+a B_i does, N·R elements (dropout keeps x instead). a and v are rebuilt in backward. :func:`input_gradient` and
+:func:`weight_gradient` are the halves of backward, for ops that have x again only after dx.
 Dtypes: fp16, bf16, fp32. Sums are fp32, y has x's dtype. fp32 operands are multiplied exactly by the kernels; on a GPU
 such products are cuBLAS's, exact too unless the process allows tf32 (``torch.set_float32_matmul_precision``). Dense
 weights, bias and add have x's dtype; NF4 decodes to its own dtype and is cast to x's; adapters (fp32 leaves) are cast,
@@ -30,7 +31,7 @@ Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314), rank-stabilised scal
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ from .product import choose, product
 
 def linear_fwd(
     x_NC: Tensor, w: Weight, bias: Tensor | Any = ABSENT, add: Tensor | Any = ABSENT, *, needs: Any
-) -> tuple[Tensor, tuple[Any, Weight]]:
+) -> tuple[Tensor, tuple[Any, Weight, Any]]:
     """``y_NM = x W^T (+ bias_M) (+ LoRA) (+ add_NM)`` for a weight ``Tensor (M, C) | NF4 | Stacked | Adapted``.
 
     ``x`` (..., C) and ``add`` (..., M) in any strides that a (N, C) or (N, M) view covers. Differentiable in everything
@@ -57,76 +58,107 @@ def linear_fwd(
     m, c = _check(x_NC, w, bias, add)
     x, y_shape = _matrix(x_NC, "x"), (*x_NC.shape[:-1], m)
     base, parts, _ = _open(w)
+    needs_base, needs_parts, _ = _open(needs[1])
     flat = add if add is ABSENT else _matrix(add, "add")
     coded = not needs[0] and _stays_coded(x, base)
     dense_MC = ABSENT if coded else dense(base, x.dtype, again=needs[0])  # before what overlaps
-    update, overlap, blocks = ABSENT, False, None
+    update, overlap, blocks, dropped, u_NR = ABSENT, False, None, False, ABSENT
     if isinstance(w, Adapted) and any(part is not ABSENT for part in parts):
-        which = low_rank.adapters(w, (m, c))
-        if not isinstance(w.key, Tensor):
+        which, dropped = low_rank.adapters(w, (m, c)), isinstance(w.key, Tensor)
+        if dropped:
+            u_NR, v_MR = low_rank_dropout.forward(w, which, x)
+        else:
             path = choose(x.shape[0], m, x.dtype, x.device, update=True, gradient=False)
             overlap = path == "descriptors" and not coded and low_rank.beside(which, c)
             u_NR, _, v_MR, _ = low_rank.onto_ranks(which, x, ABSENT, pack="v", overlap=overlap)
-        else:
-            u_NR, v_MR = low_rank_dropout.forward(w, which, x)
         update, blocks = (u_NR, v_MR.T), which.blocks
     if coded:
         y = _product_with_codes(x, base, bias, flat, update)
     else:
         y = product(x, dense_MC.T, bias=bias, add=flat, update=update, blocks=blocks, overlap=overlap)
-    return y.view(y_shape), (x_NC if _wanted(needs[1]) else ABSENT, w)
+    wants_a, wants_b = _wanted(needs_parts, "a"), _wanted(needs_parts, "b")
+    keeps_x = wants_a or (dropped and wants_b) or tree.any(needs_base)
+    keeps_u = wants_b and not dropped
+    return y.view(y_shape), (x_NC if keeps_x else ABSENT, w, u_NR if keeps_u else ABSENT)
 
 
-def linear_bwd(residuals: tuple[Any, Weight], dy_NM: Tensor, *, needs: Any) -> tuple[Any, Any, Any, Any]:
+def linear_bwd(residuals: tuple[Any, Weight, Any], dy_NM: Tensor, *, needs: Any) -> tuple[Any, Any, Any, Any]:
     """``dx``, a gradient node shaped like ``w``, ``dbias`` and ``dadd`` (which is ``dy``); see the formulas above."""
-    x_NC, w = residuals
-    needs_x, needs_w, needs_bias, needs_add = needs
+    x_NC, w, u_NR = residuals
+    dx, thin = input_gradient(w, dy_NM, needs=needs)
+    dw, dbias = weight_gradient(w, x_NC, u_NR, dy_NM, thin, needs=needs)
+    return dx, dw, dbias, dy_NM if needs[3] is True else ABSENT
+
+
+class Thin(NamedTuple):
+    """What :func:`input_gradient` made of dy and the adapters, for :func:`weight_gradient`."""
+
+    which: Any = ABSENT  # low_rank.Adapters
+    t: Any = ABSENT  # (N, R), with dropout one (N, r_i) per adapter
+    how: Any = ABSENT  # low_rank.Split
+    arrived: Any = ABSENT  # zeros that the last program of a tile knows itself by
+
+
+def input_gradient(w: Weight, dy_NM: Tensor, *, needs: Any) -> tuple[Any, Thin]:
+    """The half of :func:`linear_bwd` that needs nothing of x: ``dx`` (..., C), ABSENT if not needed, and thin sides."""
+    (m, c), dy = shape(w), _rows(dy_NM)
     base, parts, _ = _open(w)
-    needs_base, needs_parts, _ = _open(needs_w)
-    wants_parts, wants_base = _adapters_wanted(needs_parts), tree.any(needs_base)
-    m, c = shape(w)
+    _, needs_parts, _ = _open(needs[1])
+    wants_a, wants_b = _wanted(needs_parts, "a"), _wanted(needs_parts, "b")
+    dense_MC = dense(base, dy.dtype, again=False) if needs[0] else ABSENT  # before what overlaps
+    add = update = ABSENT
+    overlap, thin = False, Thin()
+    if isinstance(w, Adapted) and any(part is not ABSENT for part in parts) and (needs[0] or wants_a or wants_b):
+        which = low_rank.adapters(w, (m, c))
+        if isinstance(w.key, Tensor):
+            add, t = low_rank_dropout.input_gradient(w, which, dy, needs[0], wants_a)
+            thin = Thin(which, t)
+        else:
+            want_b = [_wanted((needs_parts[i],), "b") for i in which.index]
+            how = low_rank.cut(which, dy.shape[0], wants_a, want_b, dy.device)
+            tiles = how.a_tiles + how.b_tiles if how.splits > 1 else 0
+            if needs[0] or wants_a:
+                path = choose(dy.shape[0], c, dy.dtype, dy.device, update=True, gradient=False)
+                overlap = path == "descriptors" and needs[0] and low_rank.beside(which, m)
+                pack = "a" if needs[0] else ""
+                _, t, a_RC, arrived = low_rank.onto_ranks(which, ABSENT, dy, pack=pack, tiles=tiles, overlap=overlap)
+                update = (t, a_RC)
+            else:
+                t, arrived = ABSENT, dy.new_zeros(tiles, dtype=torch.int32)
+            thin = Thin(which, t, how, arrived)
+    if not needs[0]:
+        return ABSENT, thin
+    return product(dy, dense_MC, add=add, update=update, overlap=overlap).view(*dy_NM.shape[:-1], c), thin
+
+
+def weight_gradient(w: Weight, x_NC: Any, u_NR: Any, dy_NM: Tensor, thin: Thin, *, needs: Any) -> tuple[Any, Any]:
+    """The other half: a gradient node shaped like ``w`` and ``dbias``, from both residuals of x."""
     dy = _rows(dy_NM)
     x = x_NC if x_NC is ABSENT else _matrix(x_NC, "x")
-
-    dense_MC = dense(base, dy.dtype, again=False) if needs_x else ABSENT  # before what overlaps
-    dx = add = update = ABSENT
-    overlap, how, which, da, db = False, None, None, [], []
-    if isinstance(w, Adapted) and any(part is not ABSENT for part in parts) and (needs_x or wants_parts):
-        which = low_rank.adapters(w, (m, c))
-        want_a, want_b = [needs_parts[i].a for i in which.index], [needs_parts[i].b for i in which.index]
+    base, parts, _ = _open(w)
+    needs_base, needs_parts, _ = _open(needs[1])
+    wants_a, wants_base = _wanted(needs_parts, "a"), tree.any(needs_base)
+    wants_parts = wants_a or _wanted(needs_parts, "b")
+    dw = d_base = dbias = ABSENT
+    d_parts = tuple(ABSENT for _ in parts)
+    if wants_parts:
+        want_a, want_b = ([_wanted((needs_parts[i],), leaf) for i in thin.which.index] for leaf in "ab")
         if isinstance(w.key, Tensor):
-            add, da, db = low_rank_dropout.backward(w, which, x, dy, needs_x, want_a, want_b)
+            da, db = low_rank_dropout.gradients(w, thin.which, x, dy, thin.t, want_a, want_b)
         else:
-            path = choose(dy.shape[0], c, dy.dtype, dy.device, update=True, gradient=False)
-            overlap = path == "descriptors" and needs_x and low_rank.beside(which, m + c * any(want_b))
-            how = low_rank.cut(which, dy.shape[0], any(want_a), want_b, dy.device)
-            u_NR, t_NR, a_RC, arrived = low_rank.onto_ranks(
-                which,
-                x if any(want_b) else ABSENT,
-                dy if needs_x or any(want_a) else ABSENT,
-                pack="a" if needs_x else "",
-                tiles=how.a_tiles + how.b_tiles if how.splits > 1 else 0,
-                overlap=overlap,
-            )
-            update = (t_NR, a_RC)
-    if needs_x:
-        dx = product(dy, dense_MC, add=add, update=update, overlap=overlap).view(*dy_NM.shape[:-1], c)
-    if which is not None and how is not None and wants_parts:
-        da, db = low_rank.gradients(which, x if any(want_a) else ABSENT, t_NR, dy, u_NR, arrived, how, want_b)
-
-    dw = d_base = ABSENT
+            inputs = x if wants_a else ABSENT
+            da, db = low_rank.gradients(thin.which, inputs, thin.t, dy, u_NR, thin.arrived, thin.how, want_b)
+        d_parts = _adapter_gradients(thin.which, needs_parts, da, db)
     if wants_base:
         d_base = _weight_gradient(base, needs_base, x, dy)
     if isinstance(w, Adapted) and (wants_base or wants_parts):
-        d_parts = _adapter_gradients(which, needs_parts, da, db) if wants_parts else tuple(ABSENT for _ in parts)
         dw = dataclasses.replace(w, base=d_base, parts=d_parts, key=ABSENT)
     elif wants_base:
         dw = d_base
-    dbias = ABSENT
-    if needs_bias is True:
+    if needs[2] is True:
         # A row of ones that takes no memory: the sum over tokens is a product too, fp32 and in fixed order.
-        dbias = product(dy.new_ones(1).expand(1, dy.shape[0]), dy, gradient=True).view(m)
-    return dx, dw, dbias, dy_NM if needs_add is True else ABSENT
+        dbias = product(dy.new_ones(1).expand(1, dy.shape[0]), dy, gradient=True).view(-1)
+    return dw, dbias
 
 
 linear = custom_vjp(linear_fwd, linear_bwd)
@@ -201,14 +233,9 @@ def _adapter_gradients(which: Any, needs: Any, da: list[Any], db: list[Any]) -> 
     return tuple(gradients)
 
 
-def _adapters_wanted(needs: Any) -> bool:
-    return any(need is not ABSENT and (need.a or need.b) for need in needs)
-
-
-def _wanted(needs: Any) -> bool:
-    """``tree.any`` of a weight's needs, without flattening."""
-    base, parts, _ = _open(needs)
-    return _adapters_wanted(parts) or tree.any(base)
+def _wanted(needs: Any, leaf: str) -> bool:
+    """Whether some adapter's ``leaf``, a or b, wants a gradient."""
+    return any(need is not ABSENT and getattr(need, leaf) for need in needs)
 
 
 def _weight_gradient(w: Any, need: Any, x: Tensor, dy: Tensor) -> Any:

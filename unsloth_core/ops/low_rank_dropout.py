@@ -31,22 +31,31 @@ def forward(w: Adapted, which: Adapters, x: Tensor) -> tuple[Tensor, Tensor]:
     return u, v
 
 
-def backward(
-    w: Adapted, which: Adapters, x: Any, dy: Tensor, want_x: bool, want_a: Sequence[bool], want_b: Sequence[bool]
-) -> tuple[Any, list[Any], list[Any]]:
-    """``(what the adapters add to dx, [dA_i], [dB_i])``; ABSENT where nothing is wanted, gradients in fp32."""
-    dx, da, db = ABSENT, [], []
-    for i, part, start, rows, _, a_wanted, b_wanted in zip(*which[:-1], want_a, want_b, strict=True):
-        dy_i, a = dy[:, start : start + rows], part.a.to(dy.dtype)
-        t = product(dy_i, (part.b * part.scale).to(dy.dtype)) if want_x or a_wanted else ABSENT
-        dropped = _dropped(w, i, x) if a_wanted or b_wanted else ABSENT
-        gradient = {"out_dtype": torch.float32, "gradient": True}
-        da.append(product(t.T, dropped, **gradient) if a_wanted else ABSENT)
-        db.append(product(dy_i.T, product(dropped, a.T), alpha=part.scale, **gradient) if b_wanted else ABSENT)
+def input_gradient(w: Adapted, which: Adapters, dy: Tensor, want_x: bool, want_a: bool) -> tuple[Any, list[Any]]:
+    """``(what the adapters add to dx, [t_i])``; ABSENT where nothing is wanted."""
+    dx, ts = ABSENT, []
+    for i, part, start, rows, _ in zip(*which[:-1], strict=True):
+        wanted = want_x or want_a
+        t = product(dy[:, start : start + rows], (part.b * part.scale).to(dy.dtype)) if wanted else ABSENT
+        ts.append(t)
         if want_x:
-            dx_i = _dropped(w, i, product(t, a))
+            dx_i = _dropped(w, i, product(t, part.a.to(dy.dtype)))
             dx = dx_i if dx is ABSENT else dx.add_(dx_i)
-    return dx, da, db
+    return dx, ts
+
+
+def gradients(
+    w: Adapted, which: Adapters, x: Tensor, dy: Tensor, ts: list[Any], want_a: Sequence[bool], want_b: Sequence[bool]
+) -> tuple[list[Any], list[Any]]:
+    """``([dA_i], [dB_i])``, fp32; ABSENT where nothing is wanted."""
+    da, db = [], []
+    for i, part, start, rows, _, t, a_wanted, b_wanted in zip(*which[:-1], ts, want_a, want_b, strict=True):
+        dy_i, gradient = dy[:, start : start + rows], {"out_dtype": torch.float32, "gradient": True}
+        dropped = _dropped(w, i, x) if a_wanted or b_wanted else ABSENT
+        da.append(product(t.T, dropped, **gradient) if a_wanted else ABSENT)
+        u = product(dropped, part.a.to(dy.dtype).T) if b_wanted else ABSENT
+        db.append(product(dy_i.T, u, alpha=part.scale, **gradient) if b_wanted else ABSENT)
+    return da, db
 
 
 def _dropped(w: Adapted, i: int, x: Tensor) -> Tensor:
