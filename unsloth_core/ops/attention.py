@@ -315,6 +315,18 @@ def _sum_parts(PARTS, DSINKS, parts, B: tl.constexpr):
     tl.store(DSINKS + head, cast(tl.sum(total, 0), DSINKS.dtype.element_ty))
 
 
+@triton.jit
+def _add_product(total, lost, a, b, EXACT: tl.constexpr):
+    """``total + a·b``, and with EXACT what that addition lost, which the next one starts from (Kahan 1965): fp32
+    products are added term by term, and 65,536 terms cost 64 units in the last place without (dk of the first key)."""
+    if EXACT:
+        part = dot(a, b, lost)
+        new = total + part
+        return new, part - (new - total)
+    else:
+        return dot(a, b, total), lost
+
+
 @triton.jit(do_not_specialize=["inner", "outer", "scale"])
 def _dkdv(
     Q, K, V, DO, LSE, DELTA, P, DK, DV, q_starts, q_ends, kv_starts, kv_ends, S, N, M,
@@ -330,6 +342,7 @@ def _dkdv(
     transposing a result serialises Hopper's matrix units and was miscompiled by several Triton versions.
     """
     W2: tl.constexpr = K2 if K2 > 0 else 16
+    EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     program = tl.program_id(0)
     group = program % GROUPS
     n = program // GROUPS * BN
@@ -358,6 +371,7 @@ def _dkdv(
     r = tl.arange(0, BM)
     dk, dv = tl.zeros((BN, K1), tl.float32), tl.zeros((BN, K1), tl.float32)
     dk2, dv2 = tl.zeros((BN, W2), tl.float32), tl.zeros((BN, W2), tl.float32)
+    dk_lost, dv_lost, dk2_lost, dv2_lost = dk, dv, dk2, dv2
     for member in tl.range(0, GROUP):
         head = group * GROUP + member
         for masked in tl.static_range(1, -1, -1):
@@ -379,23 +393,23 @@ def _dkdv(
                 if outer is not None:
                     s = tanh(s * inner)
                     factor = outer
-                p = probability(s, factor, lse[None, :], Q.dtype.element_ty == tl.float32)
+                p = probability(s, factor, lse[None, :], EXACT)
                 if masked:
                     p = tl.where(((i + r)[None, :] >= lo[:, None]) & ((i + r)[None, :] < hi[:, None]), p, 0.0)
                 weight = cast(p, Q.dtype.element_ty)
                 if outer is not None:
                     p = p * (1.0 - s * s)  # at once: s need not live on
                 if DV is not None:
-                    dv = dot(weight, do, dv)
+                    dv, dv_lost = _add_product(dv, dv_lost, weight, do, EXACT)
                     if K2 > 0:
-                        dv2 = dot(weight, do2, dv2)
+                        dv2, dv2_lost = _add_product(dv2, dv2_lost, weight, do2, EXACT)
                 if DK is not None:
                     delta = statistic(delta_from, head, i, P, BM, TMA)
                     ds = p * (product(v, v2, do, do2, K2) - delta[None, :])
                     ds = cast(ds, Q.dtype.element_ty)
-                    dk = dot(ds, q, dk)
+                    dk, dk_lost = _add_product(dk, dk_lost, ds, q, EXACT)
                     if K2 > 0:
-                        dk2 = dot(ds, q2, dk2)
+                        dk2, dk2_lost = _add_product(dk2, dk2_lost, ds, q2, EXACT)
 
     if ADD:
         ok = ok & (lo < hi)  # nothing is added to keys that no query sees
