@@ -57,11 +57,14 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
     positions = {p.name: i for i, p in enumerate(arguments)}
     defaults = [p.default for p in arguments]
     kinds = [(i, kind) for i, p in enumerate(arguments) if (kind := _kind(p))]
+    optional = [i for i, default in enumerate(defaults) if default is not inspect.Parameter.empty]
+    rest = {i: tuple(defaults[i:]) for i in (*optional, len(defaults))}  # what goes behind i given arguments
+    checked: dict[tuple[type, ...], tree.Spec] = {}  # structures of arguments that fit, by their types
 
     def bind(args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
         """Arguments in order, however they were given; what is left in ``keywords`` are the statics."""
-        if len(args) == len(arguments) and not keywords:
-            return args
+        if keywords.keys() <= statics and (missing := rest.get(len(args))) is not None:
+            return args + missing
         values = [*args, *defaults[len(args) :]]
         for key in [k for k in keywords if k in positions]:
             if positions[key] < len(args):
@@ -82,15 +85,12 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
         return run(args, name, keywords)
 
     def run(args: tuple[Any, ...], name: str, keywords: dict[str, Any]) -> Any:
-        leaves, spec = tree.flatten(args)
-        for leaf in leaves:
-            if leaf.__class__ is not Tensor and not isinstance(leaf, Tensor):
-                raise TypeError(_misfit(op_name, arguments, args))
-        for i, kind in kinds:
-            if not isinstance(args[i], kind):
-                raise TypeError(_misfit(op_name, arguments, args))
-        if not leaves:
-            raise TypeError(f"{op_name}: no argument has a tensor")
+        types = tuple([arg.__class__ for arg in args])
+        spec = checked.get(types)
+        if spec is None:
+            leaves, spec = fit(args, types)
+        else:
+            leaves = args if spec.num_leaves == len(args) else [arg for arg in args if arg is not ABSENT]
         if _under_autocast(leaves):
             with torch.autocast(leaves[0].device.type, enabled=False):
                 return run(args, name, keywords)
@@ -105,9 +105,24 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
             return out
         pair = (fwd, bwd) if reference is None else _derived(reference)
         call = _Call(name, pair, spec, keywords, tape)
-        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-            return _Op.apply(call, *leaves)
-        return call.forward(leaves, tape.needs(name, leaves) if tape else [False] * len(leaves))[0]
+        if torch.is_grad_enabled() and _wants_gradient(leaves):
+            return _apply(call, leaves)
+        return call.forward(leaves, tape.needs(name, leaves) if tape else (False,) * len(leaves))[0]
+
+    def fit(args: tuple[Any, ...], types: tuple[type, ...]) -> tuple[Sequence[Tensor], tree.Spec]:
+        """Leaves and structure of arguments that are what the op takes. Raises TypeError for others."""
+        leaves, spec = tree.flatten(args)
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                raise TypeError(_misfit(op_name, arguments, args))
+        for i, kind in kinds:
+            if not isinstance(args[i], kind):
+                raise TypeError(_misfit(op_name, arguments, args))
+        if not leaves:
+            raise TypeError(f"{op_name}: no argument has a tensor")
+        if spec.flat:  # then their types say all there is
+            checked[types] = spec
+        return leaves, spec
 
     identity = tracing.register(run, fwd)
 
@@ -131,8 +146,16 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
 
 
 def _under_autocast(leaves: Sequence[Tensor]) -> bool:
-    where = leaves[0].device.type
-    return where in ("cuda", "cpu") and torch.is_autocast_enabled(where)
+    if leaves[0].is_cuda:
+        return torch.is_autocast_enabled("cuda")
+    return leaves[0].is_cpu and torch.is_autocast_enabled("cpu")
+
+
+def _wants_gradient(leaves: Sequence[Tensor]) -> bool:
+    for leaf in leaves:  # no generator: this is asked at every call of every op
+        if leaf.requires_grad:
+            return True
+    return False
 
 
 def _kind(p: inspect.Parameter) -> tuple[type, ...]:
@@ -174,29 +197,29 @@ class _Call:
         return self.tape(self.name, leaves, lambda: self.run(leaves, needs))
 
     def run(self, leaves: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Any, Tree]:
-        tree_of_needs = tree.unflatten(needs, self.spec)
+        fwd, spec, statics = self.pair[0], self.spec, self.statics
+        args, tree_of_needs = tree.unflatten(leaves, spec), tree.unflatten(needs, spec)
         if (listener := _listener.get()) is not None:
-            listener("forward", self.op, self.name, tree.unflatten(leaves, self.spec), self.statics, tree_of_needs)
+            listener("forward", self.op, self.name, args, statics, tree_of_needs)
+        if _any_fake(leaves):
+            return tracing.opaque(lambda ts: fwd(*tree.unflatten(ts, spec), needs=tree_of_needs, **statics), leaves)
+        return fwd(*args, needs=tree_of_needs, **statics)
 
-        def fwd(tensors: Sequence[Tensor]) -> tuple[Any, Tree]:
-            return self.pair[0](*tree.unflatten(tensors, self.spec), needs=tree_of_needs, **self.statics)
-
-        return tracing.opaque(fwd, leaves) if _any_fake(leaves) else fwd(leaves)
-
-    def backward(self, residuals: Tree, cotangent: Any, needs: Sequence[bool]) -> list[Tensor | None]:
-        tree_of_needs = tree.unflatten(needs, self.spec)
+    def backward(
+        self, residuals: Tree, cotangent: Any, present: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Gradients of the leaves; ``present`` are the tensors of the cotangent."""
+        bwd, statics, tree_of_needs = self.pair[1], self.statics, tree.unflatten(needs, self.spec)
         if (listener := _listener.get()) is not None:
-            listener("backward", self.op, self.name, (residuals, cotangent), self.statics, tree_of_needs)
-
-        def bwd(residuals: Tree, cotangent: Any) -> tuple[Any, ...]:
-            return self.pair[1](residuals, cotangent, needs=tree_of_needs, **self.statics)
-
-        if _any_fake(tree.leaves(cotangent)):
-            tensors, spec = tree.flatten((residuals, cotangent))
-            gradients = tracing.opaque(lambda tensors: bwd(*tree.unflatten(tensors, spec)), tensors)
+            listener("backward", self.op, self.name, (residuals, cotangent), statics, tree_of_needs)
+        if _any_fake(present):
+            given, spec = tree.flatten((residuals, cotangent))
+            gradients = tracing.opaque(
+                lambda ts: bwd(*tree.unflatten(ts, spec), needs=tree_of_needs, **statics), given
+            )
         else:
-            gradients = bwd(residuals, cotangent)
-        if self.spec.is_flat():
+            gradients = bwd(residuals, cotangent, needs=tree_of_needs, **statics)
+        if self.spec.flat:
             flat = [g for g, need in zip(gradients, tree_of_needs, strict=True) if need is not ABSENT]
         else:
             flat = [g for one, need in zip(gradients, tree_of_needs, strict=True) for g in tree.broadcast(one, need)]
@@ -232,18 +255,26 @@ class _Op(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        given = tuple([ABSENT if ct is None else ct for ct in cotangents])
-        needs, present = ctx.needs_input_grad[1:], [ct for ct in given if ct is not ABSENT]
+        needs, present = ctx.needs_input_grad[1:], [ct for ct in cotangents if ct is not None]
         if not present:
             return (None, *[None] * len(needs))
         if _under_autocast(present):  # backward was called inside it
             with torch.autocast(present[0].device.type, enabled=False):
                 return _Op._backward(ctx, *cotangents)
-        residuals = tree.unflatten(list(ctx.saved_tensors), ctx.residual_spec)
-        return (None, *ctx.call.backward(residuals, given if ctx.several else given[0], needs))
+        cotangent = tuple([ABSENT if ct is None else ct for ct in cotangents]) if ctx.several else present[0]
+        residuals = tree.unflatten(ctx.saved_tensors, ctx.residual_spec)
+        return (None, *ctx.call.backward(residuals, cotangent, present, needs))
 
 
 _once = once_differentiable(_Op._backward)
+_apply_op = super(torch.autograd.Function, _Op).apply  # type: ignore[misc]
+
+
+def _apply(call: _Call, leaves: Sequence[Tensor]) -> Any:
+    """``_Op.apply``, but for what PyTorch does there in Python for the sake of functorch."""
+    if torch._C._are_functorch_transforms_active():
+        return _Op.apply(call, *leaves)  # which refuses, in its own words
+    return _apply_op(call, *leaves)
 
 
 @tree.pytree
@@ -739,7 +770,7 @@ def tiled(
         tape, tiles.backend = _tape.get(), backend.override()
         op_call = _Call(name, (tiles.tiled_fwd, tiles.tiled_bwd), spec, {}, tape)
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-            out = _Op.apply(op_call, *leaves)
+            out = _apply(op_call, leaves)
         else:
             out = op_call.forward(leaves, tape.needs(name, leaves) if tape else [False] * len(leaves))[0]
         return tree.unflatten(out, tiles.out_spec)

@@ -41,16 +41,14 @@ ABSENT: Any = _Absent()
 
 
 class Spec(NamedTuple):
-    """The structure of a tree: its kind of node (None for a leaf), statics or keys, the structures of its children."""
+    """The structure of a tree: its kind of node (None for a leaf), statics or keys, the structures of its children;
+    ``flat`` says that it is a tuple of leaves and holes."""
 
     kind: type | None
     context: Any
     children: "tuple[Spec, ...]"
     num_leaves: int
-
-    def is_flat(self) -> bool:
-        """A tuple whose members are leaves or holes."""
-        return self.kind is tuple and all(child is _LEAF or child is _HOLE for child in self.children)
+    flat: bool = False
 
 
 _LEAF = Spec(None, None, (), 1)
@@ -160,7 +158,7 @@ def flatten(tree: Tree) -> tuple[list[Any], Spec]:
             return (list(tree) if flat.num_leaves == len(tree) else [x for x in tree if x is not ABSENT]), flat
         found: list[Any] = []
         spec = _flatten(tree, found)
-        if spec.is_flat():
+        if spec.flat:
             _FLAT[kinds] = spec
         return found, spec
     found = []
@@ -182,11 +180,14 @@ def _flatten(tree: Tree, found: list[Any]) -> Spec:
         else:  # not by the call below: leaves are what there is most of
             found.append(child)
             below.append(_LEAF)
-    return Spec(type(tree), node.context(tree), tuple(below), len(found) - before)
+    flat = type(tree) is tuple and all(spec is _LEAF or spec is _HOLE for spec in below)
+    return Spec(type(tree), node.context(tree), tuple(below), len(found) - before, flat)
 
 
 def unflatten(leaves_: Iterable[Any], spec: Spec) -> Tree:
     """The inverse of :func:`flatten`."""
+    if spec.flat and spec.num_leaves == len(spec.children):
+        return tuple(leaves_)
     return _unflatten(spec, iter(leaves_))
 
 
