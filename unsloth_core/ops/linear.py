@@ -141,7 +141,7 @@ def weight_gradient(w: Weight, x_NC: Any, u_NR: Any, dy_NM: Tensor, thin: Thin, 
     wants_parts = wants_a or _wanted(needs_parts, "b")
     dw = d_base = dbias = ABSENT
     d_parts = tuple(ABSENT for _ in parts)
-    if wants_parts:
+    if isinstance(w, Adapted) and wants_parts:
         want_a, want_b = ([_wanted((needs_parts[i],), leaf) for i in thin.which.index] for leaf in "ab")
         if isinstance(w.key, Tensor):
             da, db = low_rank_dropout.gradients(w, thin.which, x, dy, thin.t, want_a, want_b)

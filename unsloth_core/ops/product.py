@@ -158,11 +158,11 @@ def _descriptor_kernel(
     a_stride, b_stride, c_stride, d_k, d_n, add_m, add_n, bias_n,
     A_T: tl.constexpr, B_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr, STEPS: tl.constexpr, STORE: tl.constexpr, PDL: tl.constexpr, PROGRAMS: tl.constexpr,
+    GROUP: tl.constexpr, STORE: tl.constexpr, PDL: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """The same for 16-byte aligned operands on Hopper: tiles come through the TMA unit, which also zeroes what lies
     outside, and one program per multiprocessor walks the tiles, loading the next while it stores the last. An operand
-    marked _T is stored the other way around. The second product is STEPS steps of BLOCK_R ranks; where d is
+    marked _T is stored the other way around. The second product is one step of BLOCK_R ranks; where d is
     block-diagonal, columns from ``ends[i]`` on begin after the first i ``ranks``. PDL: c and d are the work of the
     launch before, which may still be running when the first sums are made."""
     if A_T:
@@ -200,12 +200,11 @@ def _descriptor_kernel(
                 for i in tl.static_range(len(ends)):
                     low += tl.where(at_n >= ends[i], ranks[i], 0)
             n = at_n.to(tl.int64) + tl.arange(0, BLOCK_N)
-            for step in tl.static_range(STEPS):
-                # d comes through registers: its way and that of c, each as long as a step of the sum, go side by side.
-                k = low + step * BLOCK_R + tl.arange(0, BLOCK_R)
-                d_at = d + k[:, None] * d_k + n[None, :] * d_n
-                d_tile = tl.load(d_at, mask=(k < rank)[:, None] & (n < cols)[None, :], other=0.0)
-                acc = dot(c_tiles.load([at_m, low + step * BLOCK_R]), d_tile, acc)
+            # d comes through registers: its way and that of c, each as long as a step of the sum, go side by side.
+            k = low + tl.arange(0, BLOCK_R)
+            d_at = d + k[:, None] * d_k + n[None, :] * d_n
+            d_tile = tl.load(d_at, mask=(k < rank)[:, None] & (n < cols)[None, :], other=0.0)
+            acc = dot(c_tiles.load([at_m, low]), d_tile, acc)
         if STORE:
             _epilogue_by_tma(
                 acc, out, bias, add, alpha, at_m, at_n, rows, cols, add_m, add_n, bias_n, BLOCK_M, BLOCK_N
@@ -258,9 +257,9 @@ CONFIGS = {
     "fp32 flat": Config(16, 64, 32, 4, 2),
     "interpreted": Config(32, 32, 32, 4, 2),  # small, so that small tests have many tiles
 }
-_STEP_RANK = 64  # the most ranks of a second product in one step of the descriptor kernel,
-# and the most steps: Triton 3.9 loads several as far ahead as those of the sum, in more shared memory than there is.
-_STEPS = 1
+# The most ranks of a second product in the descriptor kernel, in one step: several would be loaded as far ahead as the
+# steps of the sum, in more shared memory than there is.
+_STEP_RANK = 64
 
 
 def configuration(rows: int, cols: int, dtype: torch.dtype, where: torch.device) -> Config:
@@ -353,10 +352,10 @@ def product(
     if blocks is not None and len(blocks[0]) > 1 and not any(n % config.n for n in blocks[0]):
         ends, ranks = tuple(itertools.accumulate(blocks[0][:-1])), blocks[1][:-1]
         rank_of_tile = max(blocks[1])
-    if all(layouts) and rank_of_tile <= _STEPS * _STEP_RANK and (c is None or c.stride(1) == 1):
+    if all(layouts) and rank_of_tile <= _STEP_RANK and (c is None or c.stride(1) == 1):
         transposed, strides = zip(*layouts, strict=True)
         programs, pdl = min(tiles, device.sms(where)), overlap and not device.interpreting()
-        options["BLOCK_R"] = min(_STEP_RANK, device.next_power_of_2(max(16, rank_of_tile)))
+        options["BLOCK_R"] = device.next_power_of_2(max(16, rank_of_tile))
         device.launch(
             _descriptor_kernel,
             (programs,),
@@ -366,7 +365,6 @@ def product(
             *epilogue_strides,
             A_T=transposed[0],
             B_T=transposed[1],
-            STEPS=device.cdiv(rank_of_tile, options["BLOCK_R"]),
             STORE=out_dtype.itemsize == 2 and cols % 8 == 0 and config.n >= 64,
             PDL=pdl,
             PROGRAMS=programs,
