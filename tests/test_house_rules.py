@@ -25,13 +25,13 @@ NOT_OPS = {
     "dynamic_map": "an 8-bit number format that nf4 and the optimizer share",
     "gluon": "names of Triton's other language; they are tested through the kernels written in it",
     "language": "functions that kernels share; they are tested through every op",
+    "logits_row": "what the kernels of the losses are made of; tested through every one of them",
     "low_rank": "the thin passes of linear's adapters; tested through linear",
     "low_rank_dropout": "the same with dropout; tested through linear",
     "product": "one matrix product, which linear and its likes are made of; tested with linear",
 }
 # ops/ files whose op has no gradient: of the contract's names only `cost`; the rest holds.
 NOT_DIFFERENTIABLE = {
-    "attention_decode": "for cached generation; attention has the gradient",
     "nf4": "4-bit codes are integers; the base weight they encode is always frozen",
     "nf4_matvec": "for cached generation; linear takes its other path when x needs a gradient",
 }

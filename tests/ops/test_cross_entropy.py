@@ -1,8 +1,6 @@
 """cross_entropy: the op rule, class weights, argmax, loss and gradient in one kernel, confident targets, rows that are
 not 16-byte aligned, ignored and impossible targets."""
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,10 +10,9 @@ from oprule import DEVICE, DTYPES, assert_both_refuse, assert_op_rule, check_op,
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unsloth_core import backend, tree
+from unsloth_core.ops import logits_row
 from unsloth_core.ops.cross_entropy import cost, cross_entropy, loss_and_grad
 from unsloth_core.tree import ABSENT
-
-module = importlib.import_module("unsloth_core.ops.cross_entropy")  # the package exports the op under this name
 
 OPTIONS = st.fixed_dictionaries(
     {},
@@ -67,7 +64,7 @@ def test_class_weights(N, V, dtype, weight_dtype, options, apart, seed):
     weight = weight[:, 0] if apart else weight[:, 0].contiguous()
     args = (rand((N, V), dtype, seed=seed, scale=3), targets_for(N, V, seed, options.get("ignore_index", -100)), weight)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "ONE_PASS_LANES", 32)
+        patch.setattr(logits_row, "ONE_PASS_LANES", 32)
         check_op(cross_entropy, args, options, seed=seed, frozen=lambda path: path == "2")
 
 
@@ -88,7 +85,7 @@ def test_class_weights_equal_pytorch(smoothing):
 @pytest.mark.parametrize("V", [1, 129, 1031])
 def test_argmax(V, lanes, monkeypatch):
     """The first of equal maxima, wherever the target is; losses and gradients are those without it, to the bit."""
-    monkeypatch.setattr(module, "ONE_PASS_LANES", lanes)
+    monkeypatch.setattr(logits_row, "ONE_PASS_LANES", lanes)
     logits, targets = rand((6, V), seed=V).round(decimals=1), targets_for(6, V, V)
     logits[0], targets[:2] = 2.5, V // 2  # all alike: the first, not the target
     logits[1, V // 2 :] = 9.0  # the target is the first of many
@@ -127,8 +124,8 @@ def test_loss_and_grad(N, V, dtype, options, apart, weighted, given, donate, see
     weight = rand((V,), seed=seed).abs() if weighted else ABSENT
     g = rand((N,), seed=seed + 1) if given else ABSENT
     with pytest.MonkeyPatch.context() as patch, backend.using("triton"):
-        patch.setattr(module, "TWO_PASS_LANES", 32)
-        patch.setattr(module, "ONE_PASS_LANES", 32)
+        patch.setattr(logits_row, "TWO_PASS_LANES", 32)
+        patch.setattr(logits_row, "ONE_PASS_LANES", 32)
         x = logits.detach().requires_grad_()
         want = cross_entropy(x, targets, weight, **options)
         (dx,) = torch.autograd.grad(want, x, torch.ones_like(want) if g is ABSENT else g)
@@ -148,7 +145,7 @@ def test_every_launch_configuration(lanes, dtype):
     V = lanes * 16 // dtype.itemsize - 3
     V = 2 * V + lanes if lanes == 1024 else V
     logits, targets = rand((3, V), dtype, seed=lanes, scale=3), torch.tensor([1, V - 1, V // 2], device=DEVICE)
-    assert module.tiles(logits, 2)["LANES"] == lanes and module.tiles(logits, 1)["LANES"] == min(lanes, 256)
+    assert logits_row.tiles(logits, 2)["LANES"] == lanes and logits_row.tiles(logits, 1)["LANES"] == min(lanes, 256)
     check_op(cross_entropy, (logits, targets), {"label_smoothing": 0.1})
     plain = backend.reference("cross_entropy.loss_and_grad")
     truth, same = (plain(x, targets, label_smoothing=0.1) for x in (logits.double(), logits))
@@ -181,7 +178,7 @@ def test_smallest(N, V):
 @pytest.mark.parametrize("V", [128, 129, 1024, 1031])
 def test_rows_of_many_tiles(V, lanes, monkeypatch):
     """Whole tiles only, a ragged last one, and rows that start at every distance from a 16-byte boundary."""
-    monkeypatch.setattr(module, "ONE_PASS_LANES", lanes)
+    monkeypatch.setattr(logits_row, "ONE_PASS_LANES", lanes)
     check_op(cross_entropy, (rand((4, V), seed=V, scale=3), targets_for(4, V, 1)), {"label_smoothing": 0.1})
 
 

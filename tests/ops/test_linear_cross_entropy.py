@@ -12,12 +12,12 @@ from oprule import DEVICE, DTYPES, assert_both_refuse, check_op, rand, strided
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unsloth_core import backend
+from unsloth_core.ops import logits_row
 from unsloth_core.ops.linear_cross_entropy import chunk_rows, cost, linear_cross_entropy
 from unsloth_core.tree import ABSENT
 
 # The package exports the ops under these names.
 module = importlib.import_module("unsloth_core.ops.linear_cross_entropy")
-pass_module = importlib.import_module("unsloth_core.ops.cross_entropy")
 
 # In fp32 the products decide: the same sums in another order, and the cotangent after them instead of before, so that
 # over few elements PyTorch may be luckier by more than 2, though our gradient of the logits is the closer one.
@@ -40,7 +40,7 @@ def small_chunks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK_LOGITS", 2 * 200)
         patch.setattr(module, "TRAINABLE_ROWS", 3)
-        patch.setattr(pass_module, "TWO_PASS_LANES", 32)
+        patch.setattr(logits_row, "TWO_PASS_LANES", 32)
         yield
 
 

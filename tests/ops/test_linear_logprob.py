@@ -12,13 +12,13 @@ from oprule import DEVICE, DTYPES, assert_both_refuse, assert_op_rule, check_op,
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unsloth_core import backend
+from unsloth_core.ops import logits_row
 from unsloth_core.ops.linear_logprob import cost, linear_logprob
 from unsloth_core.tree import ABSENT
 
 # The package exports the ops under these names.
 module = importlib.import_module("unsloth_core.ops.linear_logprob")
 chunk_module = importlib.import_module("unsloth_core.ops.linear_cross_entropy")
-pass_module = importlib.import_module("unsloth_core.ops.cross_entropy")
 
 # In fp32 the products decide: the same sums in another order, and the cotangents after them instead of before.
 FACTOR = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
@@ -42,8 +42,8 @@ def small_chunks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunk_module, "CHUNK_LOGITS", 2 * 200)
         patch.setattr(chunk_module, "TRAINABLE_ROWS", 3)
-        patch.setattr(pass_module, "ONE_PASS_LANES", 32)
-        patch.setattr(pass_module, "TWO_PASS_LANES", 32)
+        patch.setattr(logits_row, "ONE_PASS_LANES", 32)
+        patch.setattr(logits_row, "TWO_PASS_LANES", 32)
         yield
 
 
@@ -241,7 +241,7 @@ def test_agrees_with_linear_cross_entropy():
 def test_widest_tiles(dtype, entropy_grad):
     """A vocabulary for which rows are walked as in production: 1024 lanes, three tiles, the last one ragged."""
     V = 2 * 1024 * 16 // dtype.itemsize + 37
-    assert pass_module.tiles(torch.empty(1, V, dtype=dtype), 2)["LANES"] == 1024
+    assert logits_row.tiles(torch.empty(1, V, dtype=dtype), 2)["LANES"] == 1024
     args = example(2, 8, V, dtype, 3, None)
     check_op(linear_logprob, args, {"entropy_grad": entropy_grad}, factor=FACTOR[dtype])
     given = [rand((2,), seed=1), None, rand((2,), seed=2)]

@@ -59,8 +59,9 @@ from ..tree import ABSENT
 from ..weights import NF4, Head
 from . import nf4
 from .checks import check_device, check_dtype
-from .cross_entropy import check_options, check_targets, forward_pass, pointer, pointer_and_stride, total
+from .cross_entropy import check_options, check_targets, forward_pass, total
 from .language import cast
+from .logits_row import pointer, pointer_and_stride
 
 CHUNK_LOGITS = 2**28
 TRAINABLE_ROWS = 4096

@@ -56,7 +56,9 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import launch
 from ..tree import ABSENT
-from .cross_entropy import (
+from .language import cast
+from .linear_cross_entropy import by_rows, check_linear, chunk_rows, chunks_of_logits, product, scaled
+from .logits_row import (
     exp,
     fill,
     pointer,
@@ -69,8 +71,6 @@ from .cross_entropy import (
     tiles,
     write_gradient,
 )
-from .language import cast
-from .linear_cross_entropy import by_rows, check_linear, chunk_rows, chunks_of_logits, product, scaled
 
 
 @triton.jit
