@@ -538,8 +538,7 @@ def _layer_by(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _attention(device: torch.device) -> Iterator[Case]:
-    attention, block = _cost("attention"), _cost("attention_block")
-    decode = importlib.import_module("unsloth_core.ops.attention_decode")
+    attention, block, decode = map(_cost, ("attention", "attention_block", "attention_decode"))
     on_gpu = device.type == "cuda"
 
     def batch(r: Random, B: int, T: int, H: int, G: int, K: int) -> tuple[Any, ...]:
@@ -688,9 +687,9 @@ def _attention(device: torch.device) -> Iterator[Case]:
         small=(2, 1024, 32, 8, 128),
         tiny=(2, 16, 2, 1, 16),
         make=cache,
-        ours=decode.attention_decode,
+        ours=uc.attention_decode,
         peers={"torch": backend.reference("attention_decode"), **both(one_query)},
-        costs=lambda args, B, T, H, G, K: {"fwd": decode.cost(B, 1, T, H, G, K, 2)},
+        costs=lambda args, B, T, H, G, K: {"fwd": decode(B, 1, T, H, G, K, 2)},
         compiles=False,
     )
 

@@ -24,6 +24,7 @@ CALLS = {
     "add_rms_norm": lambda: ops.add_rms_norm(x, x, w[0]),
     "attention": lambda: ops.attention(heads, heads, heads, whole, whole),
     "attention_block": lambda: ops.attention_block(heads[2:4], heads, heads, whole, start=2),
+    "attention_decode": lambda: ops.attention_decode(heads[:1], heads, heads, Segments.uniform(1, 1, DEVICE), whole),
     "cross_entropy": lambda: ops.cross_entropy(x, ids),
     "dropout": lambda: ops.dropout(x, random.key(0, DEVICE), p=0.5),
     "embedding": lambda: ops.embedding(ids, w),

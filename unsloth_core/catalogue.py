@@ -22,7 +22,8 @@ RECORDS = Path(__file__).resolve().parents[1] / "perf" / "records" / "ops.jsonl"
 SETTING = "8,192 tokens of an 8B Llama in bf16"
 # What the parameters of every `cost` are there; the letters are those of typing.py.
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(("N", "M", "rows"), 8192),
+    **dict.fromkeys(("N", "M", "rows", "keys"), 8192),
+    **dict.fromkeys("ST", 1),  # of attention_decode: one sequence with one query
     **dict.fromkeys("DC", 4096),
     "F": 14336,
     "V": 128256,

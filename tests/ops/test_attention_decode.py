@@ -140,7 +140,8 @@ def test_bad_input(change, message):
     sinks = change.get("sinks", torch.zeros(4)).to(DEVICE)
     args = (q, k, k, Segments.uniform(2, T, DEVICE), kv, pages, sinks)
     page = change.get("page", 16)
-    assert_both_refuse(attention_decode, *args, page=page)
+    if not {"T", "sinks"} & change.keys():  # limits of the kernels; PyTorch has its own word for sinks
+        assert_both_refuse(attention_decode, *args, page=page)
     with backend.using("triton"), pytest.raises(ValueError) as error:
         attention_decode(*args, page=page)
     assert message in str(error.value) and str(error.value).startswith("attention_decode: ")
@@ -148,8 +149,10 @@ def test_bad_input(change, message):
 
 def test_no_gradient():
     q, k, v, qs, kv, _ = cache([5], 16, 2, 1, 16, 1, torch.float32, 0)
-    with backend.using("triton"), pytest.raises(NotImplementedError, match="has no gradient; use attention"):
-        attention_decode(q.requires_grad_(), k, v, qs, kv)
+    with backend.using("triton"):
+        o = attention_decode(q.requires_grad_(), k, v, qs, kv)
+    with pytest.raises(NotImplementedError, match="attention_decode: has no gradient; use attention"):
+        o.sum().backward()
 
 
 def test_what_it_takes():

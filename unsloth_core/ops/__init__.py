@@ -6,6 +6,7 @@ backward and the cost of one op, top to bottom."""
 from .add_rms_norm import add_rms_norm
 from .attention import attention
 from .attention_block import attention_block
+from .attention_decode import attention_decode
 from .cross_entropy import cross_entropy
 from .dropout import dropout
 from .embedding import embedding
@@ -26,6 +27,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_block",
+    "attention_decode",
     "cross_entropy",
     "dropout",
     "embedding",

@@ -2,8 +2,8 @@
 
 Formula: o = softmax(scale · q·kᵀ)·v over the visible keys: that of ``attention``, with its softcap, window and sinks.
 Key j of segment s is row kv_start + j of k and v or, with pages, row pages[s, j // page] · page + j mod page.
-Not differentiable: it exists for decoding. ``attention`` comes here when it has few queries, and then its own backward,
-which asks no more of a forward than o and lse, makes the gradients.
+``attention`` comes here when it has few queries, and then its own backward, which asks no more of a forward than o and
+lse, makes the gradients.
 
 What costs time is reading the cache once. The query heads that share a key head are rows of the same tile, so no key is
 read twice; and the keys of a segment are split over enough programs to fill the machine, each of which writes its
@@ -12,8 +12,10 @@ How many programs there are follows from the capacity (``kv_segments.max_len``),
 from the lengths, which are on the device: no step waits for the host, and none changes a shape. A block of keys reads
 the last visible row again for rows behind the end, so nothing outside of a sequence is ever touched.
 
-Dtypes, limits and errors are those of ``attention``. Bytes: k and v up to the lengths once; q, o once; the parts,
-fp32, 8·splits·N·H·K, which is little beside the cache.
+Residuals: none, for it exists for decoding and has no gradient. Bytes: k and v up to the lengths once; q, o once; the
+parts, fp32, 8·splits·N·H·K, which is little beside the cache. Dtypes and errors are those of ``attention``.
+Limits: those of ``attention``, and at most 32 rows for a key head: queries of a segment times H / G, each rounded up to
+a power of two.
 Source of the idea: Flash-Decoding (Dao et al. 2023); pages: vLLM (Kwon et al. 2023).
 """
 
@@ -24,10 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backend, device, tree
+from .. import device
+from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..segments import Segments
-from ..tree import ABSENT
+from ..tree import ABSENT, Tree
 from .attention_tiles import LN2, LOG2E, LOWEST, check, factors, pieces, probability, product, tanh
 from .checks import check_device
 from .language import cast, dot
@@ -245,7 +248,7 @@ def takes(q_segments: Segments, group: int) -> bool:
     return device.next_power_of_2(max(q_segments.max_len, 1)) * device.next_power_of_2(group) <= ROWS
 
 
-def attention_decode(
+def attention_decode_fwd(
     q_NHK: Tensor,
     k_MGK: Tensor,
     v_MGK: Tensor,
@@ -254,19 +257,20 @@ def attention_decode(
     pages_SP: Tensor | Any = ABSENT,
     sinks_H: Tensor | Any = ABSENT,
     *,
+    needs: Tree,
     page: int | None = None,
     scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """``o_NHK``, or ``(o_NHK, lse_NH)``, for at most 64 / (H / G) queries per segment; arguments as for ``attention``.
+) -> tuple[Any, Tree]:
+    """``o_NHK``, or ``(o_NHK, lse_NH)``, of a few queries per segment; arguments as for ``attention``.
 
     ``pages_SP`` (S, P) int32, with ``page`` (a power of two): rows of k and v are pages of that many, and those of
     segment s are pages_SP[s], in order; ``kv_segments`` then gives lengths only (ends − starts), and every page that
     they reach has to exist: a number outside of the cache reads some row of it. Raises ValueError for what does not
-    fit, NotImplementedError if a gradient is wanted.
+    fit, and in backward NotImplementedError.
     """
     check("attention_decode", q_NHK, k_MGK, v_MGK, q_segments, kv_segments, sinks_H, window, softcap)
     H, G = q_NHK.shape[1], k_MGK.shape[1]
@@ -288,14 +292,11 @@ def attention_decode(
             room = f"{pages_SP.shape[1]} pages of {page} rows"
             raise ValueError(f"attention_decode: {room}, expected room for {kv_segments.max_len}")
         check_device("attention_decode", "pages", pages_SP, "q", q_NHK.device)
-    if torch.is_grad_enabled() and tree.any(tree.map(lambda t: t.requires_grad, (q_NHK, k_MGK, v_MGK, sinks_H))):
-        raise NotImplementedError("attention_decode: has no gradient; use attention")
-    statics = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
-    args = (q_NHK, k_MGK, v_MGK, q_segments, kv_segments, pages_SP, sinks_H)
-    if backend.resolve(q_NHK) == "reference":
-        return backend.reference("attention_decode")(*args, page=page, **statics, return_lse=return_lse)
-    o, lse = attend(*args, page=page or 0, **statics, with_lse=return_lse)
-    return o if lse is None else (o, lse)
+    o, lse = attend(
+        q_NHK, k_MGK, v_MGK, q_segments, kv_segments, pages_SP, sinks_H,
+        page=page or 0, scale=scale, causal=causal, window=window, softcap=softcap, with_lse=return_lse,
+    )  # fmt: skip
+    return (o if lse is None else (o, lse)), ()
 
 
 def attend(
@@ -342,6 +343,14 @@ def attend(
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return o, lse
+
+
+def attention_decode_bwd(residuals: Tree, dy: Any, *, needs: Tree, **statics: Any) -> Tree:
+    """Raises NotImplementedError."""
+    raise NotImplementedError("attention_decode: has no gradient; use attention")
+
+
+attention_decode = custom_vjp(attention_decode_fwd, attention_decode_bwd)
 
 
 def cost(S: int, T: int, keys: int, H: int, G: int, K: int, itemsize: int) -> Cost:
