@@ -44,6 +44,16 @@ def test_what_is_saved_comes_back(tmp_path):
     assert_equal(checkpoint.load(path, state()), state(1.5))
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_who_may_read_it_is_what_the_umask_says(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        path = checkpoint.save(tmp_path, 1, state(), {})
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o666 & ~umask}
+
+
 def test_bits_of_every_dtype_come_back(tmp_path):
     values = {
         "nan": torch.tensor([float("nan"), -0.0, 1e-42, float("inf")]),

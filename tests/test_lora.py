@@ -475,6 +475,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
     adapters = lora.init(random.key(0), params, rank=2)
     lora.save(adapters, tmp_path, model)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1  # safetensors alone would hide its file from others
 
     def full(*_, **__):
         raise OSError("disk full")

@@ -221,6 +221,16 @@ def test_a_finished_run_is_finished_again_from_its_last_checkpoint(whole, tmp_pa
     assert len(steps) == 1
 
 
+def test_a_finished_run_without_a_checkpoint_is_not_replaced(tmp_path):
+    first = run(tmp_path, steps=1)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"finetune: .*adapter_model.safetensors is there already, .*resume=False"):
+        run(tmp_path, steps=1, lr=1e-3)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    again = run(tmp_path, steps=1, resume=False)
+    assert without_times(again[1]) == without_times(first[1])
+
+
 # ---- killed and resumed
 
 
@@ -518,7 +528,7 @@ def test_a_full_disk_leaves_the_options_of_the_last_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError, match="No space left"):
-        finetune(model, params, rows(5), output=str(tmp_path), steps=1, rank=2, progress=False)
+        finetune(model, params, rows(5), output=str(tmp_path), steps=1, rank=2, progress=False, resume=False)
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()} == before
 
 

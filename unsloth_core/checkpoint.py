@@ -41,6 +41,8 @@ def save(folder: Path, step: int, state: Tree, facts: dict[str, Any], *, keep: i
         except SafetensorError as error:  # also for a full disk
             raise OSError(f"checkpoint {final} cannot be written: {error}") from None
         (temporary / "state.json").write_text(json.dumps({"step": step, **facts}, indent=2) + "\n")
+        # safetensors makes files that only their owner reads; the other file's mode is what the user's umask says.
+        shutil.copymode(temporary / "state.json", temporary / "state.safetensors")
         for file in temporary.iterdir():
             _sync(file)
         os.rename(temporary, final)

@@ -27,7 +27,7 @@ from .models.container import text_config
 from .models.decoder import Model
 from .plan import Plan
 from .plan import plan as make_plan
-from .train import OPTIMIZER_STATES, SCHEDULES, Options
+from .train import OPTIMIZER_STATES, SCHEDULES, Options, refuse_to_replace
 from .train import finetune as run_finetune
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -94,7 +94,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"max_content_width": 110},
+    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
 )
 
 
@@ -177,6 +177,8 @@ def finetune(
             chosen["targets"] = _names(names)
         run = Options(**chosen)
         checkpoints = Path(run.output) / "checkpoints"
+        if resume:
+            refuse_to_replace(Path(run.output))
         examples = read_examples(data)  # before the model, which may take minutes to come
         planned = None
         if memory is not None:
@@ -283,7 +285,7 @@ def generate(
             raise typer.Exit(INTERRUPTED) from None
 
 
-@app.command()
+@app.command(short_help="Say how much memory a fine-tuning step takes, and how fast it is.")
 def plan(
     model: Annotated[
         str,
@@ -335,7 +337,7 @@ def _plan(
     )  # fmt: skip
 
 
-@app.command()
+@app.command(short_help="List the kernels and their measured speed, or explain one.")
 def ops(
     op: Annotated[str | None, typer.Argument(help="Show the whole contract of this one.", metavar="NAME")] = None,
     *,

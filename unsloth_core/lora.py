@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -182,6 +183,8 @@ def save(adapters: Adapters, folder: str | os.PathLike[str], model: "Model") -> 
         except SafetensorError as error:  # also for a full disk
             raise OSError(f"lora.save: {folder} cannot be written: {error}") from None
         (Path(temporary) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        # safetensors makes files that only their owner reads; the other file's mode is what the user's umask says.
+        shutil.copymode(Path(temporary) / "adapter_config.json", Path(temporary) / "adapter_model.safetensors")
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             os.replace(Path(temporary) / name, folder / name)
 

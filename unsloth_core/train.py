@@ -191,8 +191,8 @@ def finetune(
     (step, loss, lr, grad_norm, targets, tokens_per_s, memory_gib, and eval_loss where measured), ``loss.png``, the
     adapter in PEFT's format, and checkpoints. A run that finds a checkpoint of its own in ``output`` goes on from there
     and ends with the same bits as one that was never stopped; ``resume=False`` starts over. Raises ValueError for bad
-    options or data, for a checkpoint of a run with other options, data or weights, and when loss or gradient is not
-    finite (earlier checkpoints stay).
+    options or data, for a checkpoint of a run with other options, data or weights, for an ``output`` with an adapter
+    and no checkpoint, and when loss or gradient is not finite (earlier checkpoints stay).
     """
     if unknown := sorted(set(options) - {field.name for field in dataclasses.fields(Options)}):
         raise ValueError(f"finetune: unknown option {unknown[0]!r}, expected the fields of Options")
@@ -202,6 +202,8 @@ def finetune(
             "finetune: this model has no tokenizer; load one with the model, or write the loop with make_step"
         )
     output = Path(o.output)
+    if resume:
+        refuse_to_replace(output)
     training, held_out = data.split(data.read_examples(examples), o.eval_fraction, o.seed)
     device = params.norm.device
     more = {"tokens": o.tokens, "train_on": o.train_on, "device": device, "progress": progress}
@@ -276,6 +278,16 @@ def finetune(
     lora.save(adapters, output, model)
     plot_loss(history, output / "loss.png")
     return adapters, history
+
+
+def refuse_to_replace(output: Path) -> None:
+    """Raises ValueError where an adapter is and no checkpoint that led to it: a finished run, shorter than
+    ``save_every`` steps, or somebody else's adapter. To train once more is to lose it."""
+    if (file := output / "adapter_model.safetensors").exists() and checkpoint.newest(output / "checkpoints") is None:
+        raise ValueError(
+            f"finetune: {file} is there already, of a run that is finished; choose another output folder, or replace "
+            "it (resume=False, --no-resume)"
+        )
 
 
 def plot_loss(history: list[dict[str, float]], file: str | os.PathLike[str]) -> None:
