@@ -299,9 +299,7 @@ def plan(
     sequence: Annotated[int | None, typer.Option(help="Length of the examples. Default: one of all tokens.")] = None,
     rank: Annotated[int, typer.Option(help=OPTION_HELP["rank"])] = Options.rank,
     targets: Annotated[str, typer.Option(help=OPTION_HELP["targets"])] = "all-linear",
-    optimizer_states: Annotated[
-        str, typer.Option(help=OPTION_HELP["optimizer_states"])
-    ] = Options.optimizer_states,
+    optimizer_states: Annotated[str, typer.Option(help=OPTION_HELP["optimizer_states"])] = Options.optimizer_states,
     accumulate: Annotated[int, typer.Option(help=OPTION_HELP["accumulate"])] = Options.accumulate,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
