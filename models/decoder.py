@@ -236,6 +236,11 @@ def head_logits(params: Any, x_ND: Tensor) -> Tensor:
     return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
 
 
+def heads(cfg: Any) -> dict[str, int]:
+    """How ``linear_rope`` is to split a stacked product."""
+    return {"heads": cfg.num_attention_heads, "kv_heads": cfg.num_key_value_heads}
+
+
 def split_heads(qkv: Tensor, cfg: Any) -> tuple[Tensor, Tensor, Tensor]:
     """A stacked product (N, Q + 2R) as views q (N, H, K), k (N, G, K), v (N, G, K)."""
     heads, kv_heads, size = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim

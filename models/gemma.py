@@ -14,17 +14,17 @@ from typing import Any
 from torch import Tensor
 
 from unsloth_core.ops.embedding import embedding
-from unsloth_core.ops.glu import glu
+from unsloth_core.ops.glu_linear import glu_linear
 from unsloth_core.ops.linear import linear
+from unsloth_core.ops.linear_rope import linear_rope
 from unsloth_core.ops.qk_norm_rope import qk_norm_rope
 from unsloth_core.ops.rms_norm import rms_norm
-from unsloth_core.ops.rope import rope
 from unsloth_core.rotary import Rotary
 from unsloth_core.tree import ABSENT, leaf, pytree, static
 from unsloth_core.weights import Weight, blocks
 
 from .config import ConfigReader, letters
-from .decoder import AttentionSpec, split_heads
+from .decoder import AttentionSpec, heads, split_heads
 
 # What the default policy keeps between forward and backward: the output of every product and of attention.
 SAVED = ("qkv", "attn", "o", "gate_up", "down")
@@ -173,11 +173,11 @@ def embed(w: Weights, tokens_N: Tensor, cfg: Config) -> Tensor:
 def pre(w: Layer, x_ND: Tensor, rot: tuple[Tensor, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     """Everything before attention; token-local."""
     n_ND = norm(x_ND, w.norm1, cfg, "norm1")
-    q_NHK, k_NGK, v_NGK = split_heads(linear(n_ND, w.qkv, name="qkv"), cfg)
     if w.q_norm is ABSENT:
-        q_NHK, k_NGK = rope(q_NHK, k_NGK, *rot, name="rope")
-    else:  # Gemma 3
-        q_NHK, k_NGK = qk_norm_rope(q_NHK, k_NGK, w.q_norm, w.k_norm, *rot, **norm_options(cfg), name="rope")
+        return linear_rope(n_ND, w.qkv, *rot, **heads(cfg), name="qkv")
+    # Gemma 3
+    q_NHK, k_NGK, v_NGK = split_heads(linear(n_ND, w.qkv, name="qkv"), cfg)
+    q_NHK, k_NGK = qk_norm_rope(q_NHK, k_NGK, w.q_norm, w.k_norm, *rot, **norm_options(cfg), name="rope")
     return q_NHK, k_NGK, v_NGK
 
 
@@ -185,16 +185,14 @@ def post(w: Layer, x_ND: Tensor, o_NHK: Tensor, cfg: Config) -> tuple[Tensor, An
     """Everything after attention; token-local. No statistics: the second value is ABSENT."""
     if w.norm3 is ABSENT:  # Gemma 1: products add to the stream
         mid_ND = linear(o_NHK.flatten(-2), w.o, add=x_ND, name="o")
-        h_NF = gate(w, norm(mid_ND, w.norm2, cfg, "norm2"))
-        return linear(h_NF, w.down, add=mid_ND, name="down"), ABSENT
+        return mlp(w, norm(mid_ND, w.norm2, cfg, "norm2"), add=mid_ND), ABSENT
     mid_ND = norm(linear(o_NHK.flatten(-2), w.o, name="o"), w.norm2, cfg, "norm2", add=x_ND)
-    h_NF = gate(w, norm(mid_ND, w.norm3, cfg, "norm3"))
-    return norm(linear(h_NF, w.down, name="down"), w.norm4, cfg, "norm4", add=mid_ND), ABSENT
+    return norm(mlp(w, norm(mid_ND, w.norm3, cfg, "norm3")), w.norm4, cfg, "norm4", add=mid_ND), ABSENT
 
 
-def gate(w: Layer, n_ND: Tensor) -> Tensor:
-    """The first half of the MLP."""
-    return glu(linear(n_ND, w.gate_up, name="gate_up"), act="gelu_tanh", name="act")
+def mlp(w: Layer, n_ND: Tensor, add: Any = ABSENT) -> Tensor:
+    """Up, the gate, and down again."""
+    return glu_linear(linear(n_ND, w.gate_up, name="gate_up"), w.down, add=add, act="gelu_tanh", name="down")
 
 
 def final(w: Weights, x_ND: Tensor, cfg: Config) -> Tensor:

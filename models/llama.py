@@ -12,16 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from unsloth_core.ops.embedding import embedding
-from unsloth_core.ops.glu import glu
+from unsloth_core.ops.glu_linear import glu_linear
 from unsloth_core.ops.linear import linear
+from unsloth_core.ops.linear_rope import linear_rope
 from unsloth_core.ops.rms_norm import rms_norm
-from unsloth_core.ops.rope import rope
 from unsloth_core.rotary import Rotary
 from unsloth_core.tree import ABSENT, leaf, pytree, static
 from unsloth_core.weights import Weight, blocks
 
 from .config import ConfigReader, letters
-from .decoder import AttentionSpec, split_heads
+from .decoder import AttentionSpec, heads
 
 # What the default policy keeps between forward and backward: the output of every product and of attention.
 SAVED = ("qkv", "attn", "mid", "gate_up")
@@ -120,17 +120,15 @@ def embed(w: Weights, tokens_N: Tensor, cfg: Config) -> Tensor:
 def pre(w: Layer, x_ND: Tensor, rot: tuple[Tensor, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     """Everything before attention; token-local."""
     n_ND = rms_norm(x_ND, w.norm1, eps=cfg.rms_norm_eps, name="norm1")
-    q_NHK, k_NGK, v_NGK = split_heads(linear(n_ND, w.qkv, w.qkv_bias, name="qkv"), cfg)
-    q_NHK, k_NGK = rope(q_NHK, k_NGK, *rot, name="rope")
-    return q_NHK, k_NGK, v_NGK
+    return linear_rope(n_ND, w.qkv, *rot, w.qkv_bias, **heads(cfg), name="qkv")
 
 
 def post(w: Layer, x_ND: Tensor, o_NHK: Tensor, cfg: Config) -> tuple[Tensor, Any]:
     """Everything after attention; token-local. No statistics: the second value is ABSENT."""
     mid_ND = linear(o_NHK.flatten(-2), w.o, w.o_bias, add=x_ND, name="mid")
     n_ND = rms_norm(mid_ND, w.norm2, eps=cfg.rms_norm_eps, name="norm2")
-    h_NF = glu(linear(n_ND, w.gate_up, w.gate_up_bias, name="gate_up"), act="silu", name="act")
-    return linear(h_NF, w.down, w.down_bias, add=mid_ND, name="down"), ABSENT
+    gate_up_N2F = linear(n_ND, w.gate_up, w.gate_up_bias, name="gate_up")
+    return glu_linear(gate_up_N2F, w.down, w.down_bias, add=mid_ND, act="silu", name="down"), ABSENT
 
 
 def final(w: Weights, x_ND: Tensor, cfg: Config) -> Tensor:

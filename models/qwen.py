@@ -18,18 +18,19 @@ from torch import Tensor
 
 from unsloth_core.ops.embedding import embedding
 from unsloth_core.ops.glu import glu
+from unsloth_core.ops.glu_linear import glu_linear
 from unsloth_core.ops.grouped_linear import grouped_linear
 from unsloth_core.ops.linear import linear
+from unsloth_core.ops.linear_rope import linear_rope
 from unsloth_core.ops.qk_norm_rope import qk_norm_rope
 from unsloth_core.ops.rms_norm import rms_norm
-from unsloth_core.ops.rope import rope
 from unsloth_core.ops.route import route
 from unsloth_core.rotary import Rotary
 from unsloth_core.tree import ABSENT, leaf, pytree, static
 from unsloth_core.weights import Weight, blocks
 
 from .config import ConfigReader, Experts, letters
-from .decoder import AttentionSpec, split_heads
+from .decoder import AttentionSpec, heads, split_heads
 
 # What the default policy keeps between forward and backward: the output of every product and of attention.
 SAVED = ("qkv", "attn", "mid", "gate_up")
@@ -155,11 +156,11 @@ def embed(w: Weights, tokens_N: Tensor, cfg: Config) -> Tensor:
 def pre(w: Layer, x_ND: Tensor, rot: tuple[Tensor, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     """Everything before attention; token-local."""
     n_ND = rms_norm(x_ND, w.norm1, eps=cfg.rms_norm_eps, name="norm1")
-    q_NHK, k_NGK, v_NGK = split_heads(linear(n_ND, w.qkv, w.qkv_bias, name="qkv"), cfg)
     if w.q_norm is ABSENT:
-        q_NHK, k_NGK = rope(q_NHK, k_NGK, *rot, name="rope")
-    else:  # Qwen 3
-        q_NHK, k_NGK = qk_norm_rope(q_NHK, k_NGK, w.q_norm, w.k_norm, *rot, eps=cfg.rms_norm_eps, name="rope")
+        return linear_rope(n_ND, w.qkv, *rot, w.qkv_bias, **heads(cfg), name="qkv")
+    # Qwen 3
+    q_NHK, k_NGK, v_NGK = split_heads(linear(n_ND, w.qkv, w.qkv_bias, name="qkv"), cfg)
+    q_NHK, k_NGK = qk_norm_rope(q_NHK, k_NGK, w.q_norm, w.k_norm, *rot, eps=cfg.rms_norm_eps, name="rope")
     return q_NHK, k_NGK, v_NGK
 
 
@@ -172,8 +173,8 @@ def post(w: Layer, x_ND: Tensor, o_NHK: Tensor, cfg: Config, valid_N: Any = ABSE
     mid_ND = linear(o_NHK.flatten(-2), w.o, add=x_ND, name="mid")
     n_ND = rms_norm(mid_ND, w.norm2, eps=cfg.rms_norm_eps, name="norm2")
     if cfg.experts is None or w.router is ABSENT:
-        h_NF = glu(linear(n_ND, w.gate_up, name="gate_up"), act="silu", name="act")
-        return linear(h_NF, w.down, add=mid_ND, name="down"), ABSENT
+        gate_up_N2F = linear(n_ND, w.gate_up, name="gate_up")
+        return glu_linear(gate_up_N2F, w.down, add=mid_ND, act="silu", name="down"), ABSENT
     # P = N · top_k rows, sorted by expert: a token stands in one row for each of its experts.
     logits_NE = linear(n_ND, w.router, name="router")
     gates_NT, _, *plan, prob_sums_E, counts_E = route(logits_NE, valid_N, **cfg.experts.routing, name="route")

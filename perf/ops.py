@@ -216,6 +216,22 @@ def _memory_bound() -> Iterator[Case]:
     )
 
 
+def _in_heads(linear_rope: Callable[..., Any]) -> Callable[..., Any]:
+    """linear_rope of a weight in three parts, whose heads have as many channels as two times the angles."""
+
+    def call(x: Tensor, w: Adapted, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        K = 2 * cos.shape[1]
+        return linear_rope(x, w, cos, sin, heads=w.rows[0] // K, kv_heads=w.rows[1] // K)
+
+    return call
+
+
+def _linear_then_rope(x: Tensor, w: Adapted, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """linear_rope as three calls."""
+    q, k, v = (part.unflatten(1, (-1, 2 * cos.shape[1])) for part in uc.linear(x, w).split(w.rows, dim=1))
+    return *uc.rope(q, k, cos, sin), v
+
+
 def _norm_then_rope(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Our three ops in place of the one."""
     return uc.rope(uc.rms_norm(q, wq), uc.rms_norm(k, wk), cos, sin)
@@ -344,6 +360,40 @@ def _products() -> Iterator[Case]:
         ours=uc.linear,
         peers={"torch": backend.reference("linear")},
         costs=lora_costs,
+    )
+    yield Case(
+        op="linear_rope",  # tokens, query heads, key heads, head size, C
+        shapes=((4096, 32, 8, 128, 4096),),
+        small=(512, 32, 8, 128, 4096),
+        tiny=(8, 2, 1, 8, 64),
+        make=lambda r, N, H, G, K, C: (
+            *(r.normal(N, C), adapted(r, (H * K, G * K, G * K), C)),
+            *_angles(r, N, K // 2),
+        ),
+        wanted=lambda x, w, *_: [x, *(leaf for part in w.parts for leaf in (part.a, part.b))],
+        ours=_in_heads(uc.linear_rope),
+        peers={"torch": _in_heads(backend.reference("linear_rope")), "linear, rope": _linear_then_rope},
+        costs=lambda args, N, H, G, K, C: {
+            "fwd": _cost("linear_rope")(N, args[1], H, G, K // 2),
+            "bwd": lora_costs(args, N, (H + 2 * G) * K, C)["bwd"] + Cost(bytes=4 * N * (H + 2 * G) * K, flops=0),
+        },
+    )
+    yield Case(
+        op="glu_linear",  # tokens, M, F
+        shapes=((4096, 4096, 14336),),
+        small=(512, 4096, 14336),
+        tiny=(8, 16, 64),
+        make=lambda r, N, M, F: (r.normal(N, 2 * F), adapted(r, (M,), F)),
+        wanted=lambda x, w: [x, *(leaf for part in w.parts for leaf in (part.a, part.b))],
+        ours=uc.glu_linear,
+        peers={
+            "torch": backend.reference("glu_linear"),
+            "glu, linear": lambda x, w: uc.linear(uc.glu(x), w),
+        },
+        costs=lambda args, N, M, F: {
+            "fwd": _cost("glu_linear")(N, args[1], F),
+            "bwd": lora_costs(args, N, M, F)["bwd"] + Cost(bytes=12 * N * F, flops=12 * N * F),
+        },
     )
     yield Case(
         op="linear_nf4",  # frozen: backward is dx
@@ -751,8 +801,8 @@ def _adamw(states: str = "fp32") -> Case:
     return Case(
         op="adamw_8bit" if eight else "adamw",  # adapters of all seven products: layers, rank, width, ffn
         shapes=((32, RANK, 4096, 14336),),
-        # As many leaves, for host time depends on their number; and most of them large enough for 8-bit states.
-        small=(32, RANK, 256, 896) if eight else (32, RANK, 64, 224),
+        # As many leaves, for host time depends on their number; and all of them large enough for 8-bit states.
+        small=(32, RANK, 1024, 3584) if eight else (32, RANK, 64, 224),
         tiny=(1, RANK, 256, 272) if eight else (1, 2, 32, 48),
         make=make,
         ours=ours,

@@ -472,9 +472,18 @@ class _Plan:
     out_spec: Any = None
 
 
+@tree.pytree
+class Spare:
+    """A residual that an op's backward can do without: ``value`` is a small tensor, or ABSENT where none was kept.
+
+    A layer keeps it of every call that it does not run again, whatever the policy; tiles keep nothing."""
+
+    value: Any
+
+
 @dataclasses.dataclass
 class _Entry:
-    """One recorded call. ``residuals`` codes each leaf as ("arg", i), ("out", i) or the fresh tensor itself."""
+    """One recorded call. ``residuals`` codes each leaf as ("arg", i), ("out", i), ("none", 0) or the fresh tensor."""
 
     name: str
     keep: bool
@@ -491,8 +500,8 @@ class _Entry:
 class _Record:
     """The tape of a layer's forward pass: notes what every op call read and made, and keeps what the policy names."""
 
-    def __init__(self, policy: Policy, frozen: Sequence[Tensor]) -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy, frozen: Sequence[Tensor], *, spares: bool = True) -> None:
+        self.policy, self.spares = policy, spares
         self.entries: list[_Entry] = []
         self._seen: dict[int, StorageWeakRef] = {}
         self._frozen = self._storages(frozen)
@@ -515,7 +524,12 @@ class _Record:
         kept, spec = tree.flatten(residuals)
         codes = [_code(t, leaves, outputs) for t in kept]
         keep = self.policy.get(name) in (SAVE, OFFLOAD)
-        rebuilt = any(isinstance(code, Tensor) or code[0] == "out" for code in codes)
+        parts = residuals if isinstance(residuals, tuple) else ()
+        spare = [t for part in parts if isinstance(part, Spare) for t in tree.leaves(part)]
+        if spare and not self.spares:
+            codes = [("none", 0) if any(t is s for s in spare) else code for t, code in zip(kept, codes, strict=True)]
+        fresh = [code for code in codes if isinstance(code, Tensor) and not any(code is s for s in spare)]
+        rebuilt = bool(fresh) or any(not isinstance(code, Tensor) and code[0] == "out" for code in codes)
         self.entries.append(
             _Entry(
                 name=name,
@@ -555,7 +569,7 @@ class _Record:
             if entry.keep:
                 entry.fate = "saved"
             elif entry.makes & wanted or read_outside_ops or entry.residuals is None:
-                entry.fate = "run"
+                entry.fate, entry.residuals = "run", None
                 wanted |= entry.reads
             else:
                 entry.fate = "dead"
@@ -603,7 +617,7 @@ class _Replay:
         else:  # never read; NaN in case that is wrong
             nan = torch.full((), float("nan"), device=leaves[0].device)
             outputs = [nan.to(dtype).expand(shape) for shape, dtype in entry.outputs]
-        pools = {"arg": leaves, "out": outputs, "kept": self.tensors}
+        pools = {"arg": leaves, "out": outputs, "kept": self.tensors, "none": (ABSENT,)}
         residuals = tree.unflatten([pools[kind][i] for kind, i in entry.residuals or ()], entry.residual_spec)
         return (tuple(outputs) if entry.several else outputs[0]), residuals
 
@@ -656,8 +670,9 @@ class _Layer(torch.autograd.Function):
             fate = plan.policy.get(INPUT, SAVE)
             fates.append(Fate(INPUT, fate, sum(leaves[i].nbytes for i in moving)))
             for entry in entries:
-                slots = [*entry.outputs, *[i for kind, i in entry.residuals or () if kind == "kept"]]
-                size = sum(kept[slot].nbytes for slot in slots) if entry.fate == "saved" else 0
+                slots = [i for kind, i in entry.residuals or () if kind == "kept"]
+                slots += entry.outputs if entry.fate == "saved" else []
+                size = sum(kept[slot].nbytes for slot in slots)
                 fate = {"run": RECOMPUTE, "saved": plan.policy.get(entry.name)}.get(entry.fate, entry.fate)
                 fates.append(Fate(entry.name, str(fate), size))
         _tell("layer", "end")
@@ -803,7 +818,7 @@ class _Tiles:
             memo.hold = True
         with torch.no_grad(), _remembering(memo):
             for here, part in self._tiles(rows):
-                tape = _Record({}, frozen)
+                tape = _Record({}, frozen, spares=False)
                 with _taping(tape):
                     out = self.fn(still, *part)
                 found, self.out_spec = tree.flatten(out)

@@ -757,7 +757,7 @@ def _costs(backward: bool, op: str, what: Any, needs: Any) -> list[Cost]:
     tensors = [t for t in tree.leaves(what) if isinstance(t, Tensor)]
     y = tree.leaves(what[1])[0] if backward else what[0]
     item, rows = y.element_size(), y.shape[0] if y.ndim else 1
-    if op in ("linear", "grouped_linear"):
+    if op in ("linear", "linear_rope", "glu_linear", "grouped_linear"):
         return _products(backward, op, what, needs, item)
     if op == "linear_cross_entropy":
         if backward:
@@ -775,16 +775,23 @@ def _costs(backward: bool, op: str, what: Any, needs: Any) -> list[Cost]:
 
 
 def _products(backward: bool, op: str, what: Any, needs: Any, item: int) -> list[Cost]:
-    """The product; of adapters the narrow passes over x and dy; of a trained weight its gradient."""
+    """The product; of adapters the narrow passes over x and dy; of a trained weight its gradient; the pass that the op
+    makes over the product's output (rope) or input (glu)."""
     w = (what[0] if backward else what)[1]
     *_, m, c = weights.shape(w)
-    if op == "linear":
-        rows = what[1].numel() // m if backward else what[0].numel() // c
-    else:  # those of the plan: a token has one for each of its experts
+    if op == "grouped_linear":  # rows of the plan: a token has one for each of its experts
         rows = (what[0] if backward else what)[2][0].shape[0]
-    product, narrow = _op(op).cost(rows, w, itemsize=item), []
+    elif backward:
+        rows = sum(dy.numel() for dy in tree.leaves(what[1])) // m
+    else:
+        rows = what[0].numel() // (2 * c if op == "glu_linear" else c)
+    product, narrow = _op("grouped_linear" if op == "grouped_linear" else "linear").cost(rows, w, itemsize=item), []
     if isinstance(w, Adapted):
         narrow = [Cost(bytes=rows * (2 * c + 2 * m if backward else c) * item, flops=0)]
+    if op == "linear_rope":
+        narrow.append(Cost(bytes=2 * rows * m * item, flops=0))
+    if op == "glu_linear":
+        narrow.append(_op("glu").cost(rows, c, item, backward=backward))
     if not backward:
         return [product, *narrow]
     trained = tree.any(needs[1].base if isinstance(w, Adapted) else needs[1])

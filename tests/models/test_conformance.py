@@ -277,7 +277,7 @@ def test_every_policy_gives_the_same_bits(version, name):
         {},
         dict.fromkeys(saved, SAVE),
         {saved[0]: RECOMPUTE, "attn": SAVE},
-        {"norm1": SAVE, "act": SAVE, "rope": SAVE},
+        {"norm1": SAVE, "down": SAVE},
     ]
     with backend.using(name):
         full = (params, lambda t: t)

@@ -12,11 +12,13 @@ from .dropout import dropout
 from .embedding import embedding
 from .gelu import gelu
 from .glu import glu
+from .glu_linear import glu_linear
 from .grouped_linear import grouped_linear
 from .layer_norm import layer_norm
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_logprob import linear_logprob
+from .linear_rope import linear_rope
 from .qk_norm_rope import qk_norm_rope
 from .rms_norm import rms_norm
 from .rope import rope
@@ -33,11 +35,13 @@ __all__ = [
     "embedding",
     "gelu",
     "glu",
+    "glu_linear",
     "grouped_linear",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
     "linear_logprob",
+    "linear_rope",
     "qk_norm_rope",
     "rms_norm",
     "rope",

@@ -15,7 +15,7 @@ Backward:
 Residuals: gate_up (an argument), nothing else; the activation is computed again.
 Dtypes: fp16, bf16 or fp32, the same in and out; everything between is fp32 and rounded once.
 Bytes moved per element of y, of 2 bytes: forward 6 (activation and product apart: 10), backward 10 (as
-separate ops of autograd with its concatenation: 24).
+separate ops of autograd with its concatenation: 24), 12 where it also makes y again, for the op that follows.
 Limits: last dimension of stride 1 (a cotangent may have any stride); leading dimensions that two strides can
 address; fewer than 2^30 rows. A cotangent that two strides and a column stride cannot address is copied.
 
@@ -38,6 +38,7 @@ from torch import Tensor
 from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch, next_power_of_2
+from ..prepared import prepared
 from ..tree import ABSENT
 from .checks import check_dtype
 from .language import cast
@@ -108,7 +109,7 @@ def _forward(
 
 @triton.jit
 def _backward(
-    gate_up_ptr, dy_ptr, d_ptr, rows, F, inner, outer_stride, inner_stride, dy_outer, dy_inner, dy_col,
+    gate_up_ptr, dy_ptr, d_ptr, y_ptr, rows, F, inner, outer_stride, inner_stride, dy_outer, dy_inner, dy_col,
     ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, col, inside = tile(rows, F, ROWS, BLOCK)
@@ -121,6 +122,8 @@ def _backward(
     d_gate_ptr = d_ptr + row.to(tl.int64) * 2 * F + col
     tl.store(d_gate_ptr, cast(dy * b * slope, d_ptr.dtype.element_ty), inside)
     tl.store(d_gate_ptr + F, cast(dy * activated, d_ptr.dtype.element_ty), inside)
+    if y_ptr is not None:
+        tl.store(y_ptr + row.to(tl.int64) * F + col, cast(activated * b, y_ptr.dtype.element_ty), inside)
 
 
 @functools.cache
@@ -134,6 +137,7 @@ def tile_shape(F: int) -> tuple[int, int]:
 # ---------------------------------------------------------------------------- op
 
 
+@prepared
 def glu_fwd(gate_up: Tensor, *, needs: Any, act: str = "silu") -> tuple[Tensor, tuple[Any]]:
     """gate_up (..., 2F), gate first -> y (..., F) in its dtype, new and contiguous.
 
@@ -160,11 +164,14 @@ def glu_fwd(gate_up: Tensor, *, needs: Any, act: str = "silu") -> tuple[Tensor, 
     return y, (gate_up if needs[0] else ABSENT,)
 
 
+@prepared
 def glu_bwd(residuals: tuple[Any], dy: Tensor, *, needs: Any, act: str = "silu") -> tuple[Any]:
     """dy like y, of any strides -> d gate_up, contiguous: da in its first F columns, db in the others."""
-    if not needs[0]:
-        return (ABSENT,)
-    (gate_up,) = residuals
+    return (backward(residuals[0], dy, act, y=ABSENT) if needs[0] else ABSENT,)
+
+
+def backward(gate_up: Tensor, dy: Tensor, act: str, *, y: Any) -> Tensor:
+    """d gate_up; fills ``y`` (..., F), contiguous, with forward's result in the same pass, unless it is ABSENT."""
     F = gate_up.shape[-1] // 2
     rows = gate_up.numel() // (2 * F)
     d = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
@@ -173,10 +180,11 @@ def glu_bwd(residuals: tuple[Any], dy: Tensor, *, needs: Any, act: str = "silu")
         ROWS, BLOCK = tile_shape(F)
         grid = (cdiv(rows, ROWS) * cdiv(F, BLOCK),)
         launch(
-            _backward, grid, gate_up, dy, d, rows, F, inner, *strides, *dy_strides, dy.stride(-1),
+            _backward, grid,
+            *(gate_up, dy, d, None if y is ABSENT else y), rows, F, inner, *strides, *dy_strides, dy.stride(-1),
             ACT=act, ROWS=ROWS, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    return (d,)
+    return d
 
 
 glu = custom_vjp(glu_fwd, glu_bwd)

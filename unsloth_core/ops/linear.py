@@ -13,9 +13,9 @@ Launches, of a dense frozen base with adapters: forward 2, one for u and v of al
 one each way. An NF4 part adds one to each that decodes it. With dropout on the adapters' inputs nothing is shared
 between adapters (:mod:`.low_rank_dropout`).
 
-Residuals: x if a dense weight or an A_i needs its gradient, the weight node itself (arguments, 0 new bytes), and u if
-a B_i does, N·R elements (dropout keeps x instead). a and v are rebuilt in backward. :func:`input_gradient` and
-:func:`weight_gradient` are the halves of backward, for ops that have x again only after dx.
+Residuals: x if a dense weight or an adapter needs its gradient, and the weight node itself: arguments, 0 new bytes; and
+u, N·R elements, for the gradient of a B_i, unless its input is dropped out. a and v are rebuilt in backward.
+:func:`input_gradient` and :func:`weight_gradient` are the halves of backward, for ops that have x again only after dx.
 Dtypes: fp16, bf16, fp32. Sums are fp32, y has x's dtype. fp32 operands are multiplied exactly by the kernels; on a GPU
 such products are cuBLAS's, exact too unless the process allows tf32 (``torch.set_float32_matmul_precision``). Dense
 weights, bias and add have x's dtype; NF4 decodes to its own dtype and is cast to x's; adapters (fp32 leaves) are cast,
@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from .. import tree
-from ..autodiff import custom_vjp, once
+from ..autodiff import Spare, custom_vjp, once
 from ..cost import Cost
 from ..tree import ABSENT
 from ..weights import NF4, Adapted, LoRA, Stacked, Weight, shape
@@ -68,8 +68,7 @@ def linear_fwd(
         if dropped:
             u_NR, v_MR = low_rank_dropout.forward(w, which, x)
         else:
-            path = choose(x.shape[0], m, x.dtype, x.device, update=True, gradient=False)
-            overlap = path == "descriptors" and not coded and low_rank.beside(which, c)
+            overlap = _overlaps(which, x, coded)
             u_NR, _, v_MR, _ = low_rank.onto_ranks(which, x, ABSENT, pack="v", overlap=overlap)
         update, blocks = (u_NR, v_MR.T), which.blocks
     if coded:
@@ -77,16 +76,16 @@ def linear_fwd(
     else:
         y = product(x, dense_MC.T, bias=bias, add=flat, update=update, blocks=blocks, overlap=overlap)
     wants_a, wants_b = _wanted(needs_parts, "a"), _wanted(needs_parts, "b")
-    keeps_x = wants_a or (dropped and wants_b) or tree.any(needs_base)
+    keeps_x = wants_a or wants_b or tree.any(needs_base)
     keeps_u = wants_b and not dropped
-    return y.view(y_shape), (x_NC if keeps_x else ABSENT, w, u_NR if keeps_u else ABSENT)
+    return y.view(y_shape), (x_NC if keeps_x else ABSENT, w, Spare(value=u_NR) if keeps_u else ABSENT)
 
 
 def linear_bwd(residuals: tuple[Any, Weight, Any], dy_NM: Tensor, *, needs: Any) -> tuple[Any, Any, Any, Any]:
     """``dx``, a gradient node shaped like ``w``, ``dbias`` and ``dadd`` (which is ``dy``); see the formulas above."""
-    x_NC, w, u_NR = residuals
+    x_NC, w, spare = residuals
     dx, thin = input_gradient(w, dy_NM, needs=needs)
-    dw, dbias = weight_gradient(w, x_NC, u_NR, dy_NM, thin, needs=needs)
+    dw, dbias = weight_gradient(w, x_NC, spare, dy_NM, thin, needs=needs)
     return dx, dw, dbias, dy_NM if needs[3] is True else ABSENT
 
 
@@ -131,8 +130,8 @@ def input_gradient(w: Weight, dy_NM: Tensor, *, needs: Any) -> tuple[Any, Thin]:
     return product(dy, dense_MC, add=add, update=update, overlap=overlap).view(*dy_NM.shape[:-1], c), thin
 
 
-def weight_gradient(w: Weight, x_NC: Any, u_NR: Any, dy_NM: Tensor, thin: Thin, *, needs: Any) -> tuple[Any, Any]:
-    """The other half: a gradient node shaped like ``w`` and ``dbias``, from both residuals of x."""
+def weight_gradient(w: Weight, x_NC: Any, spare: Any, dy_NM: Tensor, thin: Thin, *, needs: Any) -> tuple[Any, Any]:
+    """The other half: a gradient node shaped like ``w`` and ``dbias``, from x and what forward had to spare: u."""
     dy = _rows(dy_NM)
     x = x_NC if x_NC is ABSENT else _matrix(x_NC, "x")
     base, parts, _ = _open(w)
@@ -146,7 +145,9 @@ def weight_gradient(w: Weight, x_NC: Any, u_NR: Any, dy_NM: Tensor, thin: Thin, 
         if isinstance(w.key, Tensor):
             da, db = low_rank_dropout.gradients(w, thin.which, x, dy, thin.t, want_a, want_b)
         else:
-            inputs = x if wants_a else ABSENT
+            inputs, u_NR = x if wants_a else ABSENT, spare.value if spare is not ABSENT else ABSENT
+            if u_NR is ABSENT and any(want_b):
+                u_NR = low_rank.onto_ranks(thin.which, x, ABSENT, pack="", overlap=_overlaps(thin.which, x, False))[0]
             da, db = low_rank.gradients(thin.which, inputs, thin.t, dy, u_NR, thin.arrived, thin.how, want_b)
         d_parts = _adapter_gradients(thin.which, needs_parts, da, db)
     if wants_base:
@@ -216,6 +217,13 @@ def _product_with_codes(x: Tensor, base: Any, bias: Any, add: Any, update: Any) 
         of_part = (b if b is ABSENT else b[..., columns] for b in (bias, add))
         nf4_matvec.nf4_matvec(x, part, *of_part, out=y[:, columns])
     return y if update is ABSENT else product(*update, add=y, out_dtype=x.dtype)
+
+
+def _overlaps(which: Any, x: Tensor, coded: bool) -> bool:
+    """Whether u is made beside the product that follows; the order of its sums depends on it."""
+    m, c = which.shape
+    path = choose(x.shape[0], m, x.dtype, x.device, update=True, gradient=False)
+    return path == "descriptors" and not coded and low_rank.beside(which, c)
 
 
 def _stack(base: Any) -> tuple[Any, ...]:

@@ -32,6 +32,7 @@ from torch import Tensor
 from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch, next_power_of_2
+from ..prepared import prepared
 from ..tree import ABSENT
 from .checks import check_device, check_dtype
 from .language import cast
@@ -66,17 +67,18 @@ def head_numbers(first, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
-def _turn_heads(
-    x_ptr, y_ptr, x_token, x_head, x_channel, token, tokens, cos, sin,
+def turn_heads(
+    x_ptr, y_ptr, x_token, x_head, x_channel, y_token, y_head, token, tokens, cos, sin,
     HEADS: tl.constexpr, K: tl.constexpr, J: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """All heads of a few tokens of q or of k; ``token`` (T, 1, 1) int64, ``cos``, ``sin`` (T, 1, BLOCK_J)."""
+    """All heads of a few tokens of q or of k; ``token`` (T, 1, 1) int64, ``cos``, ``sin`` (T, 1, BLOCK_J). y may
+    be x; channels from K on are left alone."""
     pair = tl.arange(0, BLOCK_J)[None, None, :].to(tl.int64)
     for first in range(0, HEADS, BLOCK_H):
         head = head_numbers(first, BLOCK_H)
         x_row = x_ptr + token * x_token + head * x_head
-        y_row = y_ptr + (token * HEADS + head) * K
+        y_row = y_ptr + token * y_token + head * y_head
         row_inside = (token < tokens) & (head < HEADS)
         inside = row_inside & (pair < J)
         a = tl.load(x_row + pair * x_channel, inside, other=0.0).to(tl.float32)
@@ -105,13 +107,13 @@ def _turn(
     if BACKWARD:
         sin = -sin
     if q_ptr is not None:
-        _turn_heads(
-            q_ptr, q_out_ptr, q_token, q_head, q_channel, token, tokens, cos, sin,
+        turn_heads(
+            q_ptr, q_out_ptr, q_token, q_head, q_channel, H * K, K, token, tokens, cos, sin,
             H, K, J, BLOCK_H, BLOCK_J, BLOCK_REST,
         )  # fmt: skip
     if k_ptr is not None:
-        _turn_heads(
-            k_ptr, k_out_ptr, k_token, k_head, k_channel, token, tokens, cos, sin,
+        turn_heads(
+            k_ptr, k_out_ptr, k_token, k_head, k_channel, G * K, K, token, tokens, cos, sin,
             G, K, J, BLOCK_H, BLOCK_J, BLOCK_REST,
         )  # fmt: skip
 
@@ -179,6 +181,7 @@ def refuse_gradient_of_angles(op: str, cos: bool, sin: bool) -> None:
 # --------------------------------------------------------------------------------------------------------- op
 
 
+@prepared
 def rope_fwd(
     q_NHK: Tensor, k_NGK: Tensor, cos_NJ: Tensor, sin_NJ: Tensor, *, needs: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[Any, Any]]:
@@ -192,6 +195,7 @@ def rope_fwd(
     return outs, (cos_NJ, sin_NJ) if needs[0] or needs[1] else (ABSENT, ABSENT)
 
 
+@prepared
 def rope_bwd(residuals: tuple[Any, Any], dy: tuple[Any, Any], *, needs: Any) -> tuple[Any, Any, Any, Any]:
     """Cotangents like q and k, of any strides, or ABSENT -> (dq, dk, ABSENT, ABSENT)."""
     dq, dk = (d if need else ABSENT for d, need in zip(dy, needs))
