@@ -63,11 +63,13 @@ from .attention_tiles import (
     product,
     put,
     reader,
+    scores,
     statistic,
-    tanh,
     tile,
 )
 from .language import cast, dot
+
+# ---- the launch table
 
 
 class Tiles(NamedTuple):
@@ -181,6 +183,9 @@ def _launch(dtype: torch.dtype, size: int, capability: tuple[int, int], tma: boo
     return TABLE[kind, min(largest for k, largest in TABLE if k == kind and largest >= size)]
 
 
+# ---- forward
+
+
 @triton.jit(do_not_specialize=["inner", "outer"])
 def _forward(
     Q, K, V, SINKS, O, L, q_starts, q_ends, kv_starts, kv_ends, S, N, M,
@@ -231,13 +236,7 @@ def _forward(
             k2 = k
             if K2 > 0:
                 k2 = tile(k_from2, n, end, group, k_m, k_g, k_k, HEAD, K1, BN, K2, masked, TMA)
-            s = product(q, q2, k, k2, K2)
-            if NEGATE:
-                s = -s
-            factor = inner
-            if outer is not None:
-                s = tanh(s * inner)
-                factor = outer
+            s, factor = scores(q, q2, k, k2, inner, outer, K2, NEGATE)
             if masked:
                 visible = ((n + c)[None, :] >= lo[:, None]) & ((n + c)[None, :] < hi[:, None])
                 s = tl.where(visible, s * factor, float("-inf"))
@@ -265,6 +264,9 @@ def _forward(
     put(O + at * HEAD, offset, ok, acc / l[:, None], HEAD, 0, K1, False)
     if K2 > 0:
         put(O + at * HEAD, offset, ok, acc2 / l[:, None], HEAD, K1, K2, False)
+
+
+# ---- backward: Δ, dq, and dk with dv
 
 
 @triton.jit
@@ -386,13 +388,7 @@ def _dkdv(
                     q2 = tile(q_from2, i, end, head, q_n, q_h, q_k, HEAD, K1, BM, K2, masked, TMA)
                     do2 = tile(do_from2, i, end, head, do_n, do_h, do_k, HEAD, K1, BM, K2, masked, TMA)
                 lse = statistic(lse_from, head, i, P, BM, TMA)
-                s = product(k, k2, q, q2, K2)
-                if NEGATE:
-                    s = -s
-                factor = inner
-                if outer is not None:
-                    s = tanh(s * inner)
-                    factor = outer
+                s, factor = scores(k, k2, q, q2, inner, outer, K2, NEGATE)
                 p = probability(s, factor, lse[None, :], EXACT)
                 if masked:
                     p = tl.where(((i + r)[None, :] >= lo[:, None]) & ((i + r)[None, :] < hi[:, None]), p, 0.0)
@@ -483,13 +479,7 @@ def _dq(
             if K2 > 0:
                 k2 = tile(k_from2, n, end, group, k_m, k_g, k_k, HEAD, K1, BN, K2, masked, TMA)
                 v2 = tile(v_from2, n, end, group, v_m, v_g, v_k, HEAD, K1, BN, K2, masked, TMA)
-            s = product(q, q2, k, k2, K2)
-            if NEGATE:
-                s = -s
-            factor = inner
-            if outer is not None:
-                s = tanh(s * inner)
-                factor = outer
+            s, factor = scores(q, q2, k, k2, inner, outer, K2, NEGATE)
             p = probability(s, factor, lse[:, None], Q.dtype.element_ty == tl.float32)
             if masked:
                 p = tl.where(((n + c)[None, :] >= lo[:, None]) & ((n + c)[None, :] < hi[:, None]), p, 0.0)
@@ -504,6 +494,9 @@ def _dq(
     put(DQ + at, offset, ok, dq * scale, HEAD, 0, K1, False)
     if K2 > 0:
         put(DQ + at, offset, ok, dq2 * scale, HEAD, K1, K2, False)
+
+
+# ---- the op
 
 
 def attention_fwd(

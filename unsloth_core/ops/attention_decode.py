@@ -31,7 +31,7 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..segments import Segments
 from ..tree import ABSENT, Tree
-from .attention_tiles import LN2, LOG2E, LOWEST, check, factors, pieces, probability, product, tanh
+from .attention_tiles import LN2, LOG2E, LOWEST, check, factors, pieces, probability, scores
 from .checks import check_device
 from .language import cast, dot
 
@@ -115,13 +115,7 @@ def _attend(
         k2 = k
         if K2 > 0:
             k2 = _slab(K, at, group, k_m, k_g, k_k, HEAD, K1, K2)
-        s = product(q, q2, k, k2, K2)
-        if NEGATE:
-            s = -s
-        factor = inner
-        if outer is not None:
-            s = tanh(s * inner)
-            factor = outer
+        s, factor = scores(q, q2, k, k2, inner, outer, K2, NEGATE)
         visible = ((n + c)[None, :] >= lo[:, None]) & ((n + c)[None, :] < tl.minimum(hi, end)[:, None])
         s = tl.where(visible, s * factor, float("-inf"))
         top = tl.maximum(m, tl.max(s, 1))

@@ -148,6 +148,19 @@ def tanh(x):
 
 
 @triton.jit
+def scores(a, a2, b, b2, inner, outer, K2: tl.constexpr, NEGATE: tl.constexpr):
+    """``(s, factor)``: scores are s·factor. Of s, 1 − s² is what a softcap's derivative is."""
+    s = product(a, a2, b, b2, K2)
+    if NEGATE:
+        s = -s
+    factor = inner
+    if outer is not None:
+        s = tanh(s * inner)
+        factor = outer
+    return s, factor
+
+
+@triton.jit
 def probability(s, factor, lse, EXACT: tl.constexpr):
     """e^(s·factor − lse) by exp2: one multiply-add per score for 16-bit inputs, the smallest error for
     fp32."""
