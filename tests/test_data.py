@@ -352,6 +352,12 @@ def test_files_that_are_refused_with_their_place(tmp_path, name, text, message):
         data.batches(write(tmp_path, name, text), TOKENIZER)
 
 
+def test_answers_that_were_cut_off_are_named_as_the_reason():
+    row = chat((U, "a long question"), (A, "an answer"))
+    with pytest.raises(ValueError, match=r"none of 1 rows, .*; 1 are longer than 4 tokens and were cut: more tokens"):
+        data.batches([row], TOKENIZER, tokens=4)
+
+
 def test_parquet_goes_through_pyarrow(tmp_path, monkeypatch):
     path = write(tmp_path, "a.parquet", "not read")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)

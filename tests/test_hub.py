@@ -288,7 +288,8 @@ def test_offline_from_the_cache(tmp_path, cache):
 
 
 def test_neither_network_nor_cache(cache):
-    with pytest.raises(FileNotFoundError, match=r"^org/name: cannot be fetched from the Hub and is not complete"):
+    message = "^org/name: no such folder or file here; as a Hub id it cannot be fetched and is not complete"
+    with pytest.raises(FileNotFoundError, match=message):
         open_checkpoint("org/name")
 
 

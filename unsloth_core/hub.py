@@ -152,8 +152,8 @@ def _fetch(repo: str, revision: str | None, token: str | None, patterns: list[st
     except Exception as error:  # which errors the client raises depends on its version and HTTP library
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise FileNotFoundError(
-            f"{repo}: cannot be fetched from the Hub and is not complete in the local cache "
-            f"({type(error).__name__}: {reason})"
+            f"{repo}: no such folder or file here; as a Hub id it cannot be fetched and is not complete in the local "
+            f"cache ({type(error).__name__}: {reason})"
         ) from error
     return Path(folder)
 

@@ -1,7 +1,7 @@
 """Text to token ids and back, and conversations to text: one class over the `tokenizers` library.
 
 A tokenizer comes from a checkpoint folder (`tokenizer.json` and the small files around it) or from the
-metadata of a GGUF file, which holds vocabulary and merges but only *names* the pre-tokenizer.
+metadata of a GGUF file (`gguf_tokenizer.py`).
 
 Three decisions that are not obvious:
 
@@ -9,33 +9,28 @@ Three decisions that are not obvious:
   around a text. What it would do besides that is trim blanks off the offsets; without it the offsets of the
   tokens tile the text, so a loss mask made from character spans is exact.
 * Everything a chat template can see is rebuilt from plain JSON values, and it runs in jinja2's immutable
-  sandbox: templates and messages are downloaded, so both are untrusted.
+  sandbox (`chat_template.py`): templates and messages are downloaded, so both are untrusted.
 * The part of a rendered conversation that the assistant wrote is found from `{% generation %}` tags, or, as
   most templates have none, by rendering growing prefixes of the conversation. That second way is right only
   if the template never rewrites earlier turns, which is checked, not assumed.
 
 Formats and rules follow transformers' `tokenization_utils_base.py` and `chat_template_utils.py` (rendered
-texts are byte-equal) and llama.cpp's `llama-vocab.cpp` (pre-tokenizers by name, scored vocabularies).
+texts are byte-equal).
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.exceptions
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
-import jinja2.utils
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken
+
+from .chat_template import GENERATION_TAG, TRACE_KEY, Trace, as_message, environment, plain
+from .gguf_tokenizer import from_gguf
 
 __all__ = ["Streamer", "Tokenizer"]
 
@@ -121,7 +116,7 @@ class Tokenizer:
         NotImplementedError for another model or an unknown pre-tokenizer (a wrong one would load and split
         text differently without any sign), ValueError for malformed metadata.
         """
-        return _from_gguf(cls, _Metadata(metadata, source))
+        return from_gguf(cls, metadata, source)
 
     # ---- text and ids ----
 
@@ -205,8 +200,8 @@ class Tokenizer:
         up to its last end-of-text token (the newline that many templates put after it is never generated).
         Raises ValueError if prefixes of the conversation do not render to prefixes of the text.
         """
-        if _GENERATION_TAG.search(self._template(tools)[1]):
-            trace = _Trace()
+        if GENERATION_TAG.search(self._template(tools)[1]):
+            trace = Trace()
             text = self._render(messages, False, tools, kwargs, trace)
             for start, end, inside in trace.spans:
                 if (got := text[start:end]) != inside:
@@ -247,9 +242,9 @@ class Tokenizer:
             raise ValueError(f"{self.source}: expected a default chat template, got {got}")
         return name, self._templates[name]
 
-    def _render(self, messages, add_generation_prompt, tools, kwargs, trace: _Trace | None) -> str:
+    def _render(self, messages, add_generation_prompt, tools, kwargs, trace: Trace | None) -> str:
         name, source = self._template(tools)
-        chat = [_message(message, i) for i, message in enumerate(messages)]
+        chat = [as_message(message, i) for i, message in enumerate(messages)]
         if tools is not None:
             for tool in tools:
                 if not isinstance(tool, Mapping):
@@ -257,17 +252,17 @@ class Tokenizer:
         # A caller's keyword wins over a special token of the same name, as in transformers.
         variables = {
             **self.special,
-            **_plain(kwargs, "template keywords"),
+            **plain(kwargs, "template keywords"),
             "messages": chat,
-            "tools": _plain(tools, "tools"),
-            "documents": _plain(kwargs.get("documents"), "documents"),
+            "tools": plain(tools, "tools"),
+            "documents": plain(kwargs.get("documents"), "documents"),
             "add_generation_prompt": add_generation_prompt,
-            _TRACE_KEY: trace,
+            TRACE_KEY: trace,
         }
         try:
             template = self._compiled.get(name)
             if template is None:
-                template = self._compiled[name] = _environment().from_string(source)
+                template = self._compiled[name] = environment().from_string(source)
             if trace is None:
                 return template.render(variables)
             for block in template.generate(variables):
@@ -310,127 +305,6 @@ class Streamer:
         self._ids = self._ids[self._read :]
         self._read = len(self._ids)
         return text[len(context) :]
-
-
-# ---- chat templates ----
-
-_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_TRACE_KEY = "_generation_trace"
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field, in order of preference
-
-
-class _Trace:
-    """What was rendered so far, and the spans of generation tags: (start, end, text inside)."""
-
-    def __init__(self):
-        self.blocks: list[str] = []
-        self.length = 0
-        self.spans: list[tuple[int, int, str]] = []
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`: renders its body; a trace, if there is one, notes where."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_body", [jinja2.nodes.ContextReference()])
-        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-    def _body(self, context, caller) -> str:
-        text = caller()
-        trace = context.get(_TRACE_KEY)
-        if trace is not None:
-            trace.spans.append((trace.length, trace.length + len(text), text))
-        return text
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """jinja2's namespace object, which would let a template store attributes such as `__class__`."""
-
-    def __init__(*args, **kwargs):  # no named self: `namespace(self=...)` must work
-        jinja2.utils.Namespace.__init__(*args, **kwargs)
-        for name in dict(*args[1:], **kwargs):
-            _refuse_underscore(name)
-
-    def __setitem__(self, name, value):
-        _refuse_underscore(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_underscore(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a template may not store the attribute {name!r}")
-
-
-class _Dict:
-    """The global `dict` of a template: the calls, without the type."""
-
-    def __call__(self, *args, **kwargs):
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args):
-        return dict.fromkeys(*args)
-
-
-def _raise_exception(message):
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format):
-    return datetime.now().strftime(format)
-
-
-def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    # jinja's own filter escapes <, >, & and ', which no model was trained on.
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """jinja2's sandbox, except that a forbidden attribute is an error and not an undefined value, which prints
-    as nothing."""
-
-    def unsafe_undefined(self, obj, attribute):
-        raise jinja2.exceptions.SecurityError(f"a template may not use {attribute!r} of a {type(obj).__name__}")
-
-
-def _environment() -> _Sandbox:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals.update(
-        raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_Namespace, dict=_Dict()
-    )
-    return environment
-
-
-def _message(message: Any, index: int) -> dict[str, Any]:
-    """A message as the template sees it: no None values, reasoning under both names in use."""
-    if not isinstance(message, Mapping):
-        raise ValueError(f"messages[{index}]: expected a dict, got {type(message).__name__}")
-    plain = _plain({k: v for k, v in message.items() if v is not None}, f"messages[{index}]")
-    reasoning = next((plain[key] for key in _REASONING if plain.get(key) is not None), None)
-    if reasoning is not None:
-        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
-    return plain
-
-
-def _plain(value: Any, where: str) -> Any:
-    """A copy of `value` out of exact JSON types: a template must not get at methods of richer objects."""
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int):
-        return int.__int__(value)
-    if isinstance(value, float):
-        return float.__float__(value)
-    if isinstance(value, Mapping):
-        return {_plain(k, where): _plain(v, where) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v, where) for v in value]
-    raise ValueError(f"{where}: expected JSON values (str, number, bool, None, list, dict), got {type(value)}")
 
 
 # ---- folders ----
@@ -535,162 +409,3 @@ def _surrounding_ids(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int
             if inside and whole[start : start + len(inside)] == inside:
                 return whole[:start], whole[start + len(inside) :]
     raise ValueError("tokenizer: cannot tell which ids its post-processor puts around a text")
-
-
-# ---- GGUF ----
-
-_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORD = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+"
-_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"  # words split where case rises
-_CAMEL = rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+%s|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*%s"
-
-
-def _split(regex: str) -> pre_tokenizers.PreTokenizer:
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), behavior="isolated"), byte_level])
-
-
-_LLAMA3 = _split(_WORD + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _REST)
-_QWEN2 = _split(_WORD + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _REST)
-_TEKKEN = _split(_CAMEL % ("", "") + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _REST)
-_GPT4O = _split(_CAMEL % ((f"{_CONTRACTION}?",) * 2) + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _REST)
-_DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2])
-
-# tokenizer.ggml.pre -> (pre-tokenizer, normalizer, whole words in the vocabulary skip the merges)
-_PRE: dict[str, tuple[pre_tokenizers.PreTokenizer, normalizers.Normalizer | None, bool]] = {
-    **dict.fromkeys(("default", "gpt-2"), (_GPT2, None, False)),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (_DIGITS, None, False)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), (_LLAMA3, None, True)),
-    "dbrx": (_LLAMA3, None, False),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (_QWEN2, normalizers.NFC(), False)),
-    "tekken": (_TEKKEN, None, True),
-    "gpt-4o": (_GPT4O, None, False),
-}
-_ADDS_BOS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")  # unless the file says otherwise
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
-
-
-class _Metadata:
-    """Typed access to the `tokenizer.ggml.*` keys of untrusted metadata."""
-
-    def __init__(self, values: Mapping[str, Any], source: str):
-        self.values, self.source = values, source
-
-    def error(self, key: str, expected: object, got: object) -> ValueError:
-        return ValueError(f"{self.source}: tokenizer.ggml.{key}: expected {expected}, got {got}")
-
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        value = self.values.get(f"tokenizer.ggml.{key}", default)
-        if value is not default and type(value) is not kind:
-            raise self.error(key, kind.__name__, type(value).__name__)
-        return value
-
-    def array(self, key: str, kind: type, length: int | None = None) -> list[Any]:
-        """A list of `kind`, [] if the key is absent."""
-        values = self.get(key, list, [])
-        if values and length is not None and len(values) != length:
-            raise self.error(key, f"{length} entries, one per token", len(values))
-        if any(type(value) is not kind for value in values):
-            raise self.error(key, f"an array of {kind.__name__}", "other entries")
-        return values
-
-    def token_id(self, key: str, count: int) -> int | None:
-        """An id below `count`, None if the key is absent."""
-        token_id = self.get(key, int)
-        if token_id is not None and not 0 <= token_id < count:
-            raise self.error(key, f"an id in [0, {count})", token_id)
-        return token_id
-
-
-def _from_gguf(cls: type[Tokenizer], meta: _Metadata) -> Tokenizer:
-    tokens = meta.array("tokens", str)
-    if not tokens:
-        raise meta.error("tokens", "an array of str", "none")
-    types = meta.array("token_type", int, len(tokens)) or [1] * len(tokens)
-    vocab: dict[str, int] = {}
-    for i, token in enumerate(tokens):
-        if types[i] == _UNUSED:  # rows that only pad the embedding: nothing may encode to them
-            continue
-        if token in vocab:
-            raise meta.error("tokens", "distinct tokens", f"{token!r} at {vocab[token]} and {i}")
-        vocab[token] = i
-
-    model = meta.get("model", str)
-    if model == "gpt2":
-        backend, adds_bos = _byte_level_backend(meta, vocab)
-    elif model == "llama":
-        backend, adds_bos = _sentencepiece_backend(meta, vocab, types), True
-    else:
-        raise NotImplementedError(f"{meta.source}: tokenizer.ggml.model is {model!r}, supported: gpt2, llama")
-    for kind, special in ((_UNKNOWN, True), (_CONTROL, True), (_USER_DEFINED, False)):
-        added = [token for token, i in vocab.items() if types[i] == kind and token]
-        backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
-
-    special = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token_id = meta.token_id(f"{key}_token_id", len(tokens))
-        if token_id is not None and types[token_id] != _UNUSED:
-            special[f"{name}_token"] = tokens[token_id]
-    turn_ends = [meta.token_id(key, len(tokens)) for key in ("eot_token_id", "eom_token_id")]
-
-    templates = {}
-    for key, value in meta.values.items():
-        if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template."):
-            if not isinstance(value, str):
-                raise ValueError(f"{meta.source}: {key}: expected str, got {type(value).__name__}")
-            templates[key.removeprefix("tokenizer.chat_template").removeprefix(".") or "default"] = value
-
-    ends = [token_id for token_id in turn_ends if token_id is not None]
-    tokenizer = cls(backend, special=special, templates=templates, eos_ids=ends, source=meta.source)
-    if meta.get("add_bos_token", bool, adds_bos) and tokenizer.bos_id is not None:
-        tokenizer._prefix = [tokenizer.bos_id]
-    if meta.get("add_eos_token", bool, False) and "eos_token" in special:
-        tokenizer._suffix = [vocab[special["eos_token"]]]
-    return tokenizer
-
-
-def _byte_level_backend(meta: _Metadata, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
-    pre = meta.get("pre", str, "default")
-    if pre not in _PRE:
-        raise NotImplementedError(f"{meta.source}: tokenizer.ggml.pre is {pre!r}, supported: {', '.join(sorted(_PRE))}")
-    merges: list[tuple[str, str]] = []
-    for merge in meta.array("merges", str):
-        left, _, right = merge.partition(" ")
-        if not {left, right, left + right} <= vocab.keys():
-            raise meta.error("merges", "pairs of tokens whose join is a token", repr(merge))
-        merges.append((left, right))
-    pre_tokenizer, normalizer, whole_words = _PRE[pre]
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=whole_words))
-    backend.pre_tokenizer = pre_tokenizer  # type: ignore[assignment]
-    if normalizer is not None:
-        backend.normalizer = normalizer  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    return backend, pre in _ADDS_BOS
-
-
-def _sentencepiece_backend(meta: _Metadata, vocab: dict[str, int], types: list[int]) -> tokenizers.Tokenizer:
-    """Sentencepiece joins the neighbours whose join has the best score; written as merges, that is every way
-    to cut a token into two tokens, best score first."""
-    scores = meta.array("scores", float, len(types))
-    if not scores or any(math.isnan(score) for score in scores):
-        raise meta.error("scores", "a number per token", "NaN" if scores else "none")
-    merges = []
-    for token in sorted((t for t, i in vocab.items() if types[i] == 1), key=lambda t: -scores[vocab[t]]):
-        cuts = ((token[:k], token[k:]) for k in range(1, len(token)))
-        cuts = [(left, right) for left, right in cuts if left in vocab and right in vocab]
-        merges += sorted(cuts, key=lambda cut: (vocab[cut[0]], vocab[cut[1]]))
-    unknown = meta.token_id("unknown_token_id", len(types)) or 0
-    names = {i: token for token, i in vocab.items()}
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, unk_token=names.get(unknown), fuse_unk=True, byte_fallback=True)
-    )
-    blanks = normalizers.Replace(" ", "▁")
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if meta.get("add_space_prefix", bool, True):
-        blanks = normalizers.Sequence([normalizers.Prepend("▁"), blanks])
-        steps.append(decoders.Strip(" ", 1, 0))
-    backend.normalizer = blanks  # type: ignore[assignment]
-    backend.decoder = decoders.Sequence(steps)  # type: ignore[assignment]
-    return backend
