@@ -33,3 +33,11 @@ def _poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_prepared():
+    """Calls are prepared within a test, never across: tests put other tables in place."""
+    from unsloth_core import prepared  # not sooner: it imports Triton
+
+    prepared.forget()

@@ -140,7 +140,8 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
     op.__name__ = op.__qualname__ = op_name
     op.__module__, op.__doc__ = fwd.__module__, fwd.__doc__
     if own_file:  # the head of the file has formula, backward, bytes, limits: help(op) shows it below the contract
-        op.__doc__ = f"{inspect.cleandoc(fwd.__doc__ or '')}\n\n{inspect.cleandoc(fwd.__globals__['__doc__'] or '')}"
+        head = inspect.unwrap(fwd).__globals__["__doc__"] or ""
+        op.__doc__ = f"{inspect.cleandoc(fwd.__doc__ or '')}\n\n{inspect.cleandoc(head)}"
     op.fwd, op.bwd = op_fwd, op_bwd  # type: ignore[attr-defined]
     return op
 

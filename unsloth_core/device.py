@@ -1,12 +1,16 @@
 """Facts about the device, and the one way kernels are launched."""
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Read once: @triton.jit looks at the same variable when it decorates, so a later change could not take effect anyway.
 _INTERPRETING = bool(triton.knobs.runtime.interpret)
@@ -81,10 +85,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     first = args[0] if args[0].__class__ is Tensor else next(a for a in args if isinstance(a, Tensor))
     if 0 in grid or first.is_meta or is_fake(first):
         return
+    if (noted := _noted.get()) is not None:
+        noted.append((kernel, grid, args, options))
     if _INTERPRETING:
-        kernel[grid](*args, **options)
+        with contextlib.nullcontext() if noted is None else _disable_current_modes():  # it works with tensors itself
+            kernel[grid](*args, **options)
         return
-    triton.set_allocator(_allocate)
     index = first.get_device()
     if index == torch.cuda.current_device():
         _launch(index, kernel, grid, args, options)
@@ -101,32 +107,86 @@ def _launch(index: int, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...
         if a.__class__ is Tensor or a.__class__ is Parameter:
             address = a.data_ptr()
             values.append(address)
-            exact.append(a.dtype)
-            exact.append(address & 15)
+            exact += (a.dtype, address & 15)
         else:
             values.append(a)
             exact += (a,) if a is None or a.__class__ is int else _traits((a,))
-    values += args[runtime:]
     call = tuple(exact)
     found = _CALLS.get(call) or _find(call, index, kernel, args, options)
-    hooks = triton.knobs.runtime
-    if found is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # profilers see every launch
+    triton.set_allocator(_allocate)
+    if found is None or _profiled():
         compiled = kernel[grid](*args, **options)
         constexprs = tuple(options[name] for name in kernel.arg_names[len(args) :])
         _COMPILED[_key(index, kernel, args, options)] = compiled, constexprs
         return
     compiled, constexprs = found
     x, y, z = (*grid, 1, 1)[:3]
-    stream = triton.runtime.driver.active.get_current_stream(index)
-    no_hooks = (None, None, None)
-    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, *no_hooks, *values, *constexprs)
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    rest = (*values, *args[runtime:], *constexprs)
+    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *rest)
 
 
+def _profiled() -> bool:
+    """Whether a profiler wants to hear of every launch from Triton."""
+    return bool(_KNOBS.launch_enter_hook.calls or _KNOBS.launch_exit_hook.calls)
+
+
+_KNOBS = triton.knobs.runtime
 _Found = tuple[Any, tuple[Any, ...]]  # a compiled kernel, and its constexprs in order
 _CALLS: dict[Any, _Found] = {}  # by a call's very integers, and dtype and alignment of its tensors: quick to ask
 _COMPILED: dict[Any, _Found] = {}  # by what Triton may compile differently for
 _CALLS_KEPT = 10_000
 _RUNTIME: dict[int, int] = {}
+_noted: ContextVar[list[Any] | None] = ContextVar("unsloth_core_launches", default=None)
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[Any]]:
+    """A list that receives ``(kernel, grid, args, options)`` of every launch inside."""
+    noted: list[Any] = []
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(token)
+
+
+def launches(where: Tensor) -> bool:
+    """Whether kernels run on this tensor's device."""
+    return where.is_cuda or (_INTERPRETING and where.is_cpu)
+
+
+def straight(index: int) -> bool:
+    """Whether :func:`again` may be used now: the device is the current one, and no profiler listens."""
+    return _INTERPRETING or (index == torch.cuda.current_device() and not _profiled())
+
+
+def again(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any], places: Mapping[int, int]
+) -> Callable[[Any], None]:
+    """A launch that was made, to be made again: ``pool -> None``, with ``pool[places[id(a)]]`` for every tensor ``a``.
+
+    Raises KeyError where that cannot be: for a tensor without a place or behind other arguments, a tuple or descriptor,
+    or a kernel that needs memory of its own."""
+    scalars = next((i for i, a in enumerate(args) if not (a is None or isinstance(a, Tensor))), len(args))
+    slots, rest = [places[id(a)] for a in args[:scalars]], args[scalars:]
+    if any(isinstance(a, Tensor | tuple) or hasattr(a, "block_shape") for a in rest):
+        raise KeyError(kernel)
+    if _INTERPRETING:
+        return lambda pool: kernel[grid](*[pool[i] for i in slots], *rest, **options)
+    index = next(a for a in args if isinstance(a, Tensor)).get_device()
+    compiled, constexprs = _COMPILED[_key(index, kernel, args, options)]
+    run, function, packed, rest = compiled.run, compiled.function, compiled.packed_metadata, (*rest, *constexprs)
+    if compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
+        raise KeyError(kernel)
+    x, y, z = (*grid, 1, 1)[:3]
+    stream_of = torch._C._cuda_getCurrentRawStream
+
+    def launch_again(pool: Any) -> None:
+        addresses = [None if (t := pool[i]) is None else t.data_ptr() for i in slots]
+        run(x, y, z, stream_of(index), function, packed, None, None, None, *addresses, *rest)
+
+    return launch_again
 
 
 def _find(call: Any, index: int, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> _Found | None:

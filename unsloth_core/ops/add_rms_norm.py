@@ -27,6 +27,7 @@ from torch import Tensor
 from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch
+from ..prepared import prepared
 from ..tree import ABSENT
 from .language import cast
 from .rms_norm import (
@@ -105,6 +106,7 @@ def _forward_long(
 # ---------------------------------------------------------------------------- op
 
 
+@prepared
 def add_rms_norm_fwd(
     x: Tensor,
     res: Tensor,
@@ -144,6 +146,7 @@ def add_rms_norm_fwd(
     return (h, y), (h, w, rstd) if differentiated else (ABSENT, ABSENT, ABSENT)
 
 
+@prepared
 def add_rms_norm_bwd(
     residuals: tuple[Any, ...],
     cotangents: tuple[Any, Any],

@@ -48,6 +48,7 @@ from .. import backend
 from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import launch
+from ..prepared import prepared
 from ..tree import ABSENT
 from .checks import check_device, check_dtype
 from .logits_row import (
@@ -339,6 +340,7 @@ def loss_and_grad(
     return losses, gradient
 
 
+@prepared
 def cross_entropy_fwd(
     logits_NV: Tensor,
     targets_N: Tensor,
@@ -379,6 +381,7 @@ def cross_entropy_fwd(
     return (losses, argmax) if return_argmax else losses, residuals
 
 
+@prepared
 def cross_entropy_bwd(
     residuals: tuple[Any, ...],
     dlosses_N: Any,

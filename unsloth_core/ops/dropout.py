@@ -37,6 +37,7 @@ from torch import Tensor
 from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch
+from ..prepared import prepared
 from ..tree import ABSENT
 from .checks import check_device, check_dtype
 from .language import cast
@@ -121,6 +122,7 @@ def _apply(x: Tensor, key: Tensor, p: float, inner: int, rows: tuple[int, int]) 
 # ---------------------------------------------------------------------------- op
 
 
+@prepared
 def dropout_fwd(x: Tensor, key: Tensor, *, needs: Any, p: float) -> tuple[Tensor, tuple[Any]]:
     """x of any shape, key (2,) int64 of :mod:`unsloth_core.random`, p in [0, 1] -> y like x, new and contiguous.
 
@@ -140,6 +142,7 @@ def dropout_fwd(x: Tensor, key: Tensor, *, needs: Any, p: float) -> tuple[Tensor
     return _apply(x, key, p, *addressed), (key if needs[0] else ABSENT,)
 
 
+@prepared
 def dropout_bwd(residuals: tuple[Any], dy: Tensor, *, needs: Any, p: float) -> tuple[Any, Any]:
     """dy like y, of any strides -> dx, contiguous."""
     if not needs[0]:

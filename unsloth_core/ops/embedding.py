@@ -32,6 +32,7 @@ from torch import Tensor
 from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch, next_power_of_2
+from ..prepared import prepared
 from ..tree import ABSENT
 from .checks import check_device, check_dtype
 from .language import cast
@@ -148,6 +149,7 @@ def _check(ids_N: Tensor, w_VD: Tensor) -> None:
 # --------------------------------------------------------------------------------------------------------- op
 
 
+@prepared
 def embedding_fwd(ids_N: Tensor, w_VD: Tensor, *, needs: Any, scale: float = 1.0) -> tuple[Tensor, Any]:
     """ids (N,) int32 or int64, w (V, D) -> x (N, D) in w's dtype, new and contiguous; NaN rows for other ids.
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch
+from ..prepared import prepared
 from ..tree import ABSENT
 from .checks import check_dtype
 from .glu import activation, tile, tile_shape
@@ -65,6 +66,7 @@ def _backward(
 # ---------------------------------------------------------------------------- op
 
 
+@prepared
 def gelu_fwd(x: Tensor, *, needs: Any, approximate: str = "none") -> tuple[Tensor, tuple[Any]]:
     """x (..., F) -> y of its shape and dtype, new and contiguous; ``approximate`` "none" or "tanh", as PyTorch's.
 
@@ -89,6 +91,7 @@ def gelu_fwd(x: Tensor, *, needs: Any, approximate: str = "none") -> tuple[Tenso
     return y, (x if needs[0] else ABSENT,)
 
 
+@prepared
 def gelu_bwd(residuals: tuple[Any], dy: Tensor, *, needs: Any, approximate: str = "none") -> tuple[Any]:
     """dy like y, of any strides -> dx, contiguous."""
     if not needs[0]:

@@ -35,6 +35,7 @@ from torch import Tensor
 from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch
+from ..prepared import prepared
 from ..tree import ABSENT
 from .language import cast
 from .rms_norm import (
@@ -242,6 +243,7 @@ def _partials(
 # ---------------------------------------------------------------------------- op
 
 
+@prepared
 def layer_norm_fwd(
     x: Tensor,
     w: Any = ABSENT,
@@ -288,6 +290,7 @@ def layer_norm_fwd(
     return y, (*kept, b if needs[2] else ABSENT)
 
 
+@prepared
 def layer_norm_bwd(
     residuals: tuple[Any, ...], dy: Tensor, *, needs: Any, eps: float = 1e-5
 ) -> tuple[Any, Any, Any, Any]:

@@ -40,6 +40,7 @@ from torch import Tensor
 from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch, next_power_of_2, sms
+from ..prepared import prepared
 from ..tree import ABSENT
 from .language import cast
 from .rms_norm import check_channels, scaled, sum_partials
@@ -279,6 +280,7 @@ def _gradients(side: Any) -> tuple[Any, Any]:
 # --------------------------------------------------------------------------------------------------------- op
 
 
+@prepared
 def qk_norm_rope_fwd(
     q_NHK: Tensor,
     k_NGK: Tensor,
@@ -327,6 +329,7 @@ def qk_norm_rope_fwd(
     return (q_out, k_out), (of_q, of_k, angles)
 
 
+@prepared
 def qk_norm_rope_bwd(
     residuals: tuple[Any, ...],
     dy: tuple[Any, Any],

@@ -37,6 +37,7 @@ from torch import Tensor
 from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import capability, cdiv, launch, next_power_of_2, sms
+from ..prepared import prepared
 from ..tree import ABSENT
 from .checks import check_device, check_dtype
 from .language import cast
@@ -423,6 +424,7 @@ def norm_backward(
 # ---------------------------------------------------------------------------- op
 
 
+@prepared
 def rms_norm_fwd(
     x: Tensor,
     w: Tensor,
@@ -466,6 +468,7 @@ def rms_norm_fwd(
     return y, (x, w, rstd) if differentiated else (ABSENT, ABSENT, ABSENT)
 
 
+@prepared
 def rms_norm_bwd(
     residuals: tuple[Any, ...],
     dy: Tensor,

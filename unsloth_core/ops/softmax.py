@@ -37,6 +37,7 @@ from torch import Tensor
 from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch
+from ..prepared import prepared
 from ..tree import ABSENT
 from .language import cast
 from .rms_norm import (
@@ -136,6 +137,7 @@ def _backward_long(
 # ---------------------------------------------------------------------------- op
 
 
+@prepared
 def softmax_fwd(x: Tensor, *, needs: Any) -> tuple[Tensor, tuple[Any]]:
     """x (..., D) -> y (..., D) in its dtype, new and contiguous: ``torch.softmax(x, -1)``.
 
@@ -160,6 +162,7 @@ def softmax_fwd(x: Tensor, *, needs: Any) -> tuple[Tensor, tuple[Any]]:
     return y, (y if needs[0] else ABSENT,)
 
 
+@prepared
 def softmax_bwd(residuals: tuple[Any], dy: Tensor, *, needs: Any) -> tuple[Any]:
     """dy like y, of any strides -> dx, contiguous."""
     if not needs[0]:
