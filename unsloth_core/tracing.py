@@ -7,6 +7,7 @@ pair returns trees in which arguments stand as residuals; :func:`opaque` takes t
 """
 
 import ast
+import collections
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,20 +49,30 @@ prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.co
 
 
 class _Function:
-    """``f(tensors) -> tree`` as one that returns its new tensors only; ``places`` says where each leaf came from."""
+    """``f(tensors) -> tree`` as one that returns its new tensors only; ``places`` says where each leaf came from, and
+    ``views`` how it lies in a tensor that it shares with others: returned tensors must not."""
 
     def __init__(self, f: Callable[[list[Tensor]], Tree]) -> None:
         self.f, self.number = f, len(_FUNCTIONS)
         self.spec: Any = None
         self.places: list[tuple[bool, int]] = []  # (is it new?, index)
+        self.views: list[tuple[Any, ...] | None] = []  # (shape, strides, offset)
         _FUNCTIONS.append(self)
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         leaves, self.spec = tree.flatten(self.f(tensors))
         given = {id(t): (False, i) for i, t in enumerate(tensors)}
-        new = list({id(t): t for t in leaves if id(t) not in given}.values())
-        given |= {id(t): (True, i) for i, t in enumerate(new)}
-        self.places = [given[id(t)] for t in leaves]
+        fresh = {id(t): t for t in leaves if id(t) not in given}
+        memories = collections.Counter(t.untyped_storage()._cdata for t in fresh.values())
+        flat: dict[int, Tensor] = {}  # what several of them lie in
+        for key, t in fresh.items():
+            if memories[memory := t.untyped_storage()._cdata] > 1:
+                size = t.untyped_storage().nbytes() // t.element_size()
+                fresh[key] = flat.setdefault(memory, t.as_strided((size,), (1,), 0))
+        new = list({id(t): t for t in fresh.values()}.values())
+        at = {id(t): (True, i) for i, t in enumerate(new)}
+        self.places = [given[id(t)] if id(t) in given else at[id(fresh[id(t)])] for t in leaves]
+        self.views = [None if fresh.get(id(t), t) is t else (t.shape, t.stride(), t.storage_offset()) for t in leaves]
         return new
 
 
@@ -80,4 +91,6 @@ def opaque(f: Callable[[list[Tensor]], Tree], tensors: Sequence[Tensor]) -> Tree
     function = _Function(f)
     given = list(tensors)
     new = torch.ops.unsloth_core.run(given, function.number)
-    return tree.unflatten([(new if fresh else given)[i] for fresh, i in function.places], function.spec)
+    whole = [(new if fresh else given)[i] for fresh, i in function.places]
+    leaves = [t if view is None else t.as_strided(*view) for t, view in zip(whole, function.views, strict=True)]
+    return tree.unflatten(leaves, function.spec)
