@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unsloth_core import weights
-from unsloth_core.models import family_of
 from unsloth_core.models.decoder import Model
 from unsloth_core.ops import nf4
+from unsloth_core.shapes import Shape
 from unsloth_core.tree import ABSENT
-from unsloth_core.weights import NF4, Declaration, Stacked
+from unsloth_core.weights import NF4
 
 _LLAMA3 = {
     "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
@@ -39,10 +38,30 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "tie_word_embeddings": True,
     },
+    "mixtral-8x7b": {
+        "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000,
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "tie_word_embeddings": False,
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+        "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "tie_word_embeddings": False,
+    },
     "tiny": {  # to try the code
         "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256, "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    },
+    "tiny-experts": {
+        "model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 160, "moe_intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "num_experts": 4,
+        "num_experts_per_tok": 2, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "tie_word_embeddings": False,
     },
 }  # fmt: skip
 STANDARD_DEVIATION = 0.02  # the initializer_range of all of them
@@ -65,38 +84,21 @@ def random_model(
     shape: str, *, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, quantize: str | None = None,
     seed: int = 0, embed: str = "device", head: str = "device",
 ) -> tuple[Model, Any]:  # fmt: skip
-    """``model, params`` as ``load`` gives them: matrices normal with standard deviation 0.02, norms 1, no biases.
+    """``model, params`` as ``load`` gives them: matrices normal with standard deviation 0.02, norms 1, biases 0.
 
-    ``embed``, ``head``: as for :func:`placed`; each is put there before the next weight is made, so that the device
-    never holds what a run does not keep on it."""
-    raw = raw_config(shape)
-    family = family_of(raw)
-    config = family.Config.from_hf(raw)
+    ``embed``, ``head``: as for :func:`placed`; each is put there as it is made, so that the device never holds what a
+    run does not keep on it."""
+    device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
 
-    def matrix(rows: int, columns: int) -> Tensor:
-        drawn = torch.empty(rows, columns, dtype=dtype, device=device)
-        return drawn.normal_(std=STANDARD_DEVIATION, generator=generator)
+    def make(name: str, size: tuple[int, ...]) -> Tensor:
+        if len(size) == 1:
+            return torch.full(size, float(not name.endswith("bias")), dtype=dtype, device=device)
+        return torch.empty(size, dtype=dtype, device=device).normal_(std=STANDARD_DEVIATION, generator=generator)
 
-    places = {("embed",): embed, ("head",): head}
-
-    def make(declaration: Declaration) -> Any:
-        if declaration.path == ("head",) and config.tie_word_embeddings:
-            return ABSENT
-        if not declaration.rest:  # of what has one dimension only biases are optional
-            return ABSENT if declaration.optional else torch.ones(declaration.shape, dtype=dtype, device=device)
-        if quantize == "nf4" and declaration.linear:
-            parts = [nf4.quantize(matrix(rows, *declaration.rest)) for rows in declaration.rows]
-            return parts[0] if len(parts) == 1 else Stacked(parts=tuple(parts))
-        if declaration.path in places:
-            return _moved(matrix(*declaration.shape), places[declaration.path], torch.device(device))
-        dense = torch.empty(declaration.shape, dtype=dtype, device=device)
-        for part, rows in zip(dense.split(declaration.rows), declaration.rows):
-            part.copy_(matrix(rows, *declaration.rest))
-        return dense
-
-    params = weights.build(family.Weights, config.dims, make, config=config)
-    return Model(family=family, config=config, source=f"random {shape}"), params
+    found = Shape.of(raw_config(shape))
+    params = found.weights(found.layers, quantize, dtype, device=device, make=make, embed=embed, head=head)
+    return Model(family=found.family, config=found.config, source=f"random {shape}"), params
 
 
 PLACES = ("device", "host", "nf4")

@@ -229,7 +229,10 @@ def model_flops(shape: str, run: Run) -> float:
     c = random_model.raw_config(shape)
     d, f, size = (c[name] for name in ("hidden_size", "intermediate_size", "head_dim"))
     heads, kv = c["num_attention_heads"], c["num_key_value_heads"]
-    layer = d * (2 * heads + 2 * kv) * size + 3 * d * f
+    experts = c.get("num_local_experts") or c.get("num_experts") or 0
+    if experts:  # a token goes through a few of them, and through the router
+        f = c["num_experts_per_tok"] * c.get("moe_intermediate_size", f)
+    layer = d * (2 * heads + 2 * kv) * size + 3 * d * f + d * experts
     linears = c["num_hidden_layers"] * layer + c["vocab_size"] * d
     attention = c["num_hidden_layers"] * 2 * run.seq * heads * size  # forward, causal: half of 4 S H D
     return run.tokens * (4 * linears + 3.5 * attention)

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from unsloth_core import backend, cli, data, lora, optim, random, tree
 from unsloth_core.autodiff import INPUT, OFFLOAD, SAVE
 from unsloth_core.models.decoder import Model, Schedule
-from unsloth_core.plan import _CUBLAS, _Runs, _Shape, parse_bytes, plan, predict
+from unsloth_core.plan import _candidates, parse_bytes, plan, predict
+from unsloth_core.rehearsal import CUBLAS, Rehearsal
+from unsloth_core.shapes import Shape
 from unsloth_core.train import make_step
 
 # Llama 3.1 8B as its config.json has it.
@@ -31,7 +33,7 @@ def config(version, **more):
 
 
 def runs(raw, tokens=64, **more):
-    return _Runs(raw, tokens, **{"rank": 4, **more})
+    return Rehearsal(raw, tokens, **{"rank": 4, **more})
 
 
 @pytest.mark.parametrize("version", sorted(VERSIONS))
@@ -41,7 +43,7 @@ def test_every_family_can_be_planned(version):
     family = r.shape.family
     policies = [dict.fromkeys(family.SAVED, fate) for fate in (SAVE, OFFLOAD)]
     all_saved, all_away, none, tiles = (
-        next(r.candidates(schedule, "device", "device"))
+        next(_candidates(r, schedule, "device", "device"))
         for schedule in (*map(Schedule, policies), Schedule({}), Schedule({"attn": SAVE}, tile=16))
     )
     assert all_saved.kept > all_away.kept > 0 and all_saved.kept > none.kept
@@ -74,9 +76,9 @@ def test_layers_that_are_left_out_are_added_to_the_byte(version, schedule):
 
 def test_the_weights_are_those_that_a_config_declares():
     """Published: 8,030,261,248 parameters; in NF4 0.515869 bytes each of a linear, and 1,028 for a matrix's tables."""
-    dense = _Shape.of(LLAMA_8B).weights(32, None, torch.bfloat16)
+    dense = Shape.of(LLAMA_8B).weights(32, None, torch.bfloat16)
     assert tree.nbytes(dense) == 2 * 8_030_261_248
-    few = _Shape.of(LLAMA_8B).weights(1, "nf4", torch.bfloat16)
+    few = Shape.of(LLAMA_8B).weights(1, "nf4", torch.bfloat16)
     linears = 218_103_808
     assert tree.nbytes(few.layers) == linears // 2 + linears // 64 + linears // 4096 + 7 * 1028 + 2 * 2 * 4096
 
@@ -101,9 +103,9 @@ def test_a_budget_is_used_up_by_letting_the_last_layers_keep_more():
     assert all(c is found or c.peak > budget or c.seconds > found.seconds for c in every.candidates)
     r = runs(raw, 4096, rank=16, quantize="nf4")
     whole = r.run(dataclasses.replace(found.schedule, chunk_logits=None), 12)
-    loss = r._loss(found.schedule.chunk_logits, found.head) - r._loss(None, "device")
+    loss = r.loss(found.schedule.chunk_logits, found.head) - r.loss(None, "device")
     peaks = whole.peaks | {"the loss": whole.peaks["the loss"] + loss}
-    assert max(peaks.values()) - r._gone(found.embed, found.head) + _CUBLAS == found.peak
+    assert max(peaks.values()) - r.gone(found.embed, found.head) + CUBLAS == found.peak
     assert (whole.kept, whole.away) == (found.kept, found.away)
 
 
@@ -218,7 +220,7 @@ def wide(layers):
 
 def random_weights(raw, quantize):
     """Of the planner's structure, with numbers in it, on the test device."""
-    shape = _Shape.of(raw)
+    shape = Shape.of(raw)
     params = shape.weights(shape.layers, quantize, torch.bfloat16)
 
     def fill(t):
@@ -257,7 +259,7 @@ def test_predicted_peak_is_the_measured_one(schedule, quantize):
     torch.cuda.synchronize()
     measured = torch.cuda.max_memory_allocated() - max(0, before)
     predicted = predict(raw, tokens, schedule, rank=8, quantize=quantize).peak
-    assert abs(predicted - _CUBLAS - measured) < 0.05 * measured + _CUBLAS
+    assert abs(predicted - CUBLAS - measured) < 0.05 * measured + CUBLAS
 
 
 def test_a_plan_is_a_function_of_its_arguments():

@@ -12,9 +12,9 @@ from oprule import DEVICE
 from perf import exactness, random_model, train_step
 from unsloth_core import backend, tree, weights
 from unsloth_core.autodiff import OFFLOAD, SAVE
-from unsloth_core.models import family_of
 from unsloth_core.models.decoder import Schedule
 from unsloth_core.ops import nf4
+from unsloth_core.shapes import Shape
 from unsloth_core.tree import ABSENT
 from unsloth_core.weights import NF4
 
@@ -37,14 +37,13 @@ def _backend():
 
 
 def test_shapes_are_those_of_the_models():
-    counts = {"llama-3.1-8b": 8_030_261_248, "llama-3.2-1b": 1_235_814_400, "smollm2-135m": 134_515_008}
+    counts = {
+        "llama-3.1-8b": 8_030_261_248, "llama-3.2-1b": 1_235_814_400, "smollm2-135m": 134_515_008,
+        "mixtral-8x7b": 46_702_792_704, "qwen3-30b-a3b": 30_532_122_624,
+    }  # fmt: skip
     for shape, expected in counts.items():
-        raw = random_model.raw_config(shape)
-        family = family_of(raw)
-        declared = weights.declarations(family.Weights, family.Config.from_hf(raw).dims)
-        tied = raw["tie_word_embeddings"]
-        kept = [d for d in declared if d.path[-1:] != ("head",) or not tied]
-        assert sum(torch.Size(d.shape).numel() for d in kept if not str(d.path[-1]).endswith("bias")) == expected
+        found = Shape.of(random_model.raw_config(shape))
+        assert tree.nbytes(found.weights(found.layers, None, torch.bfloat16)) == 2 * expected
     assert random_model.raw_config("llama-3.1-8b-4layers")["num_hidden_layers"] == 4
     for shape in ("llama", "llama-3.1-8b-layers", "llama-3.1-8b-4layers-2layers"):
         with pytest.raises(ValueError, match="expected one of"):
@@ -66,6 +65,17 @@ def test_random_weights_are_the_same_dense_and_quantised():
                 nf4.dequantize(nf4.quantize(a)) if in_layers else a, nf4.dequantize(b) if in_layers else b
             )
     assert dense.embed.std().item() == pytest.approx(0.02, rel=0.05) and dense.norm.eq(1).all()
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_random_experts(quantize):
+    model, params = random_model.random_model("tiny-experts", device=DEVICE, quantize=quantize)
+    layer = params.layers[0]
+    assert weights.shape(layer.expert_gate_up) == (4, 2 * 48, 64)
+    assert isinstance(layer.expert_gate_up, NF4) == (quantize == "nf4")
+    assert model.family.__name__.endswith("qwen")
+    row = "--shape tiny-experts --runs 1:24:2 --smoke --warmup 1".split()
+    assert train_step.main([*row, "--quant", quantize or "none"]) == 0
 
 
 @pytest.mark.parametrize("head", ["host", "nf4"])
@@ -106,6 +116,8 @@ def test_flops_of_the_8b():
     attention = 2 * 2048 * 4096 * 32
     assert train_step.model_flops("llama-3.1-8b", run) == 4096 * (4 * linears + 3.5 * attention)
     half = train_step.mfu("llama-3.1-8b", run, 1e3 * train_step.model_flops("llama-3.1-8b", run) / 989.4e12 * 2, "H100")
+    active = 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 2 * 14336 + 4096 * 8) + 32000 * 4096
+    assert train_step.model_flops("mixtral-8x7b", run) == 4096 * (4 * active + 3.5 * attention)
     assert half == 0.5 and train_step.mfu("tiny", run, 1.0, "cpu") is None
 
 
