@@ -200,13 +200,13 @@ def test_thin_passes_are_exact_in_every_configuration(name, ranks, n, aligned, m
     want_u, want_t = x.double() @ a.double().T, dy.double() @ v.double()
     want_b = [True for _ in which.parts]
     for overlap in (False,) if device.interpreting() else (False, True) * 10:
-        how = low_rank.cut(which, n, True, want_b, DEVICE)
+        how = low_rank.cut(which, n, True, want_b, DEVICE, beside=overlap)
         u, t, a_RC, arrived = low_rank.onto_ranks(
-            which, x, dy, pack="a", tiles=how.a_tiles + how.b_tiles, overlap=overlap
+            which, x, dy, pack="a", tiles=how.counters, overlap=overlap
         )
         assert torch.equal(u.double(), want_u) and torch.equal(t.double(), want_t) and torch.equal(a_RC.float(), a)
         assert torch.equal(low_rank.onto_ranks(which, x, ABSENT, pack="v")[2].float(), v)
-        da, db = low_rank.gradients(which, x, t, dy, u, arrived, how, want_b)
+        da, db = low_rank.gradients(which, x, t, dy, u, arrived, how.partials(dy), how, want_b)
         assert torch.equal(torch.cat(da).double(), (want_t.T @ x.double())[:low])
         low_i = 0
         for g, start, m, r in zip(db, which.starts, which.rows, which.ranks, strict=True):

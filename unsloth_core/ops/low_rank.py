@@ -183,13 +183,12 @@ def _onto_ranks_kernel(
 
 
 @triton.jit
-def _gradients_kernel(
-    x, t, dy, u, out, partials, arrived, scales, starts, rows, ranks,
+def _gradient_tile(
+    tile, split, splits, x, t, dy, u, out, partials, arrived, scales, starts, rows, ranks,
     N, C, R, x_n, x_c, dy_n, dy_m, chunk, a_tiles, all_ranks, b_offset,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One tile of dA (columns of x, ranks) or of a dB_i (columns of dy, ranks of i), over ``chunk`` of the tokens."""
-    tile = tl.program_id(0)
     of_a = tile < a_tiles
     # What the tile is made of: columns from ``start`` on of src, ranks from ``low`` on of thin, how many, the place.
     src = tl.where(of_a, x, dy)
@@ -220,7 +219,6 @@ def _gradients_kernel(
     c_inside = (c < width)[None, :]
     r_inside = (r < count)[:, None]
 
-    split = tl.program_id(1)
     columns = src + (start + c).to(tl.int64)[None, :] * src_c
     ranks_at = thin + (low + r)[:, None]
     acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
@@ -233,17 +231,33 @@ def _gradients_kernel(
     at = c.to(tl.int64)[None, :] * tl.where(of_a, 1, count) + r.to(tl.int64)[:, None] * tl.where(of_a, C, 1)
     if SPLIT:
         inner = tl.arange(0, BLOCK_R)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-        mine = partials + tile.to(tl.int64) * tl.num_programs(1) * BLOCK_C * BLOCK_R + inner
+        mine = partials + tile.to(tl.int64) * splits * BLOCK_C * BLOCK_R + inner
         tl.store(mine + split * BLOCK_C * BLOCK_R, acc)
         tl.debug_barrier()  # all threads have stored before one of them counts
-        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == splits - 1:
             tl.debug_barrier()
             total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-            for s in range(tl.num_programs(1)):
+            for s in range(splits):
                 total += tl.load(mine + s * BLOCK_C * BLOCK_R, cache_modifier=".cg")
             tl.store(out + place + at, total, mask=c_inside & r_inside)
     else:
         tl.store(out + place + at, acc, mask=c_inside & r_inside)
+
+
+@triton.jit
+def _gradients_kernel(
+    x, t, dy, u, out, partials, arrived, scales, starts, rows, ranks,
+    N, C, R, x_n, x_c, dy_n, dy_m, chunk, a_tiles, all_ranks, b_offset, tiles, splits,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Every tile's every share of the tokens; beside a product, few programs walk over them."""
+    if PDL:
+        gdc_launch_dependents()
+    for job in range(tl.program_id(0), tiles * splits, tl.num_programs(0)):
+        _gradient_tile(
+            job % tiles, job // tiles, splits, x, t, dy, u, out, partials, arrived, scales, starts, rows, ranks,
+            N, C, R, x_n, x_c, dy_n, dy_m, chunk, a_tiles, all_ranks, b_offset, BLOCK_C, BLOCK_N, BLOCK_R, SPLIT,
+        )  # fmt: skip
 
 
 class Thin(NamedTuple):
@@ -260,12 +274,14 @@ CONFIGS = {
     "beside products": Thin(32, 64, 4, 4),  # as little shared memory as the product leaves
     "onto ranks, few tokens": Thin(16, 256, 4, 3),
     "gradients": Thin(64, 64, 4, 4),  # inner: columns of a tile
+    "gradients beside products": Thin(64, 64, 4, 3),
     "interpreted": Thin(32, 64, 4, 2),
 }
 # The most columns of x and dy that are read beside the base product, on an H100 80GB HBM3 with Triton 3.6.0: forward at
 # 4096 x 4096 x 4096 then costs 1.11 x cuBLAS's plain product instead of 1.15. Longer passes, and those of several
 # adapters, hold up the first tiles more than they save.
 BESIDE = 8192
+BESIDE_GRADIENTS = 1 << 30
 _RANKS = 32  # the most that one block has
 _PACKED_COLUMNS = tl.constexpr(256)  # of a, per program
 _PACKED_ROWS = tl.constexpr(64)  # of v, per program
@@ -355,6 +371,11 @@ def beside(which: Adapters, columns: int) -> bool:
     return len(which.parts) == 1 and columns <= BESIDE
 
 
+def gradients_beside(which: Adapters) -> bool:
+    """Whether dA and dB had better be made beside dx than after it."""
+    return sum(which.shape) >= BESIDE_GRADIENTS
+
+
 def onto_ranks(
     which: Adapters, x: Any, dy: Any, *, pack: str, tiles: int = 0, overlap: bool = False
 ) -> tuple[Any, Any, Any, Any]:
@@ -392,18 +413,34 @@ class Split(NamedTuple):
     ranks: int
     splits: int
     chunk: int
+    config: Thin
+    beside: bool  # run beside the product of dx, on every multiprocessor
+
+    @property
+    def counters(self) -> int:
+        """How many tiles have several shares."""
+        return self.a_tiles + self.b_tiles if self.splits > 1 else 0
+
+    def partials(self, like: Tensor) -> Any:
+        """Room for the shares of all tiles, if they have several."""
+        size = self.counters * self.splits * self.config.inner * self.ranks
+        return like.new_empty(size, dtype=torch.float32) if size else None
 
 
-def cut(which: Adapters, n: int, want_a: bool, want_b: Sequence[bool], where: torch.device) -> Split:
+def cut(
+    which: Adapters, n: int, want_a: bool, want_b: Sequence[bool], where: torch.device, *, beside: bool = False
+) -> Split:  # fmt: skip
     """A function of shapes and device alone, so that the same inputs give the same bits."""
-    return _cut(which.ranks, which.rows, which.shape[1], n, want_a, tuple(want_b), device.sms(where))
+    return _cut(which.ranks, which.rows, which.shape[1], n, want_a, tuple(want_b), device.sms(where), beside)
 
 
 @functools.cache
 def _cut(
-    ranks: tuple[int, ...], rows: tuple[int, ...], c: int, n: int, want_a: bool, want_b: tuple[bool, ...], sms: int
+    ranks: tuple[int, ...], rows: tuple[int, ...], c: int, n: int, want_a: bool, want_b: tuple[bool, ...], sms: int,
+    beside: bool,
 ) -> Split:  # fmt: skip
-    config = CONFIGS["interpreted" if device.interpreting() else "gradients"]
+    name = "gradients beside products" if beside else "gradients"
+    config = CONFIGS["interpreted" if device.interpreting() else name]
     block = min(_RANKS, device.next_power_of_2(max(16, sum(ranks) if want_a else max(ranks))))
     a_tiles = device.cdiv(c, config.inner) * device.cdiv(sum(ranks), block) if want_a else 0
     of_b = [device.cdiv(m, config.inner) * device.cdiv(r, block) for m, r in zip(rows, ranks, strict=True)]
@@ -411,29 +448,32 @@ def _cut(
     # Two programs per multiprocessor, but no share of fewer than four steps.
     splits = max(1, min(2 * sms // max(1, a_tiles + b_tiles), n // (4 * config.tokens)))
     chunk = max(1, device.cdiv(device.cdiv(n, splits), config.tokens)) * config.tokens
-    return Split(a_tiles, b_tiles, block, max(1, device.cdiv(n, chunk)), chunk)
+    return Split(a_tiles, b_tiles, block, max(1, device.cdiv(n, chunk)), chunk, config, beside)
 
 
 def gradients(
-    which: Adapters, x: Any, t: Any, dy: Tensor, u: Any, arrived: Any, how: Split, want_b: Sequence[bool]
+    which: Adapters, x: Any, t: Any, dy: Tensor, u: Any, arrived: Any, partials: Any, how: Split,
+    want_b: Sequence[bool],
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
-    """``([dA_i], [dB_i])``, fp32, in one launch: every dA_i (without ``x`` none), those dB_i that ``want_b`` names."""
-    config = CONFIGS["interpreted" if device.interpreting() else "gradients"]
-    (_, c), n = which.shape, dy.shape[0]
+    """``([dA_i], [dB_i])``, fp32, in one launch: every dA_i (without ``x`` none), those dB_i that ``want_b`` names.
+
+    ``arrived`` (zeros) and ``partials`` are ``how``'s; where they run beside the next launch, all arguments stay alive
+    until that is launched, too."""
+    (_, c), n, config = which.shape, dy.shape[0], how.config
     total = sum(which.ranks)
     rows = tuple(rows if want else 0 for rows, want in zip(which.rows, want_b, strict=True))
     sizes = [total * c if how.a_tiles else 0, *(m * r for m, r in zip(rows, which.ranks, strict=True))]
     out = dy.new_empty(sum(sizes), dtype=torch.float32)
-    tiles, split = how.a_tiles + how.b_tiles, how.splits > 1
-    partials = dy.new_empty(tiles * how.splits * config.inner * how.ranks, dtype=torch.float32) if split else None
+    tiles, programs = how.a_tiles + how.b_tiles, (how.a_tiles + how.b_tiles) * how.splits
     thin = t if u is ABSENT else u
     device.launch(
-        _gradients_kernel, (tiles, how.splits),
+        _gradients_kernel, (min(programs, device.sms(dy.device)) if how.beside else programs,),
         dy if x is ABSENT else x, thin if t is ABSENT else t, dy, thin, out, partials,
-        arrived if split else None, tuple(float(p.scale) for p in which.parts), which.starts, rows,
+        arrived if how.splits > 1 else None, tuple(float(p.scale) for p in which.parts), which.starts, rows,
         which.ranks, n, c, thin.shape[1], *(dy if x is ABSENT else x).stride(), *dy.stride(), how.chunk, how.a_tiles,
-        total, sizes[0],
-        BLOCK_C=config.inner, BLOCK_N=config.tokens, BLOCK_R=how.ranks, SPLIT=split,
+        total, sizes[0], tiles, how.splits,
+        BLOCK_C=config.inner, BLOCK_N=config.tokens, BLOCK_R=how.ranks, SPLIT=how.splits > 1,
+        PDL=how.beside and not device.interpreting(),
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     first, *each = out.split(sizes)
