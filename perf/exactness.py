@@ -279,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--only", choices=("gradients", "losses", "policies"))
     parser.add_argument("--out", type=Path, help="append the rows to this file")
+    parser.add_argument("--commit", help="what was compared, where git cannot say")
     o = parser.parse_args(argv)
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -289,7 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "policies": lambda: policies_hold(model, params, o.rank, batches[0]),
         "losses": lambda: losses_hold(model, params, raw, o.rank, batches, o.lr),
     }
-    about = {"model": o.model or o.shape, "bs": o.batch, "seq": o.seq, "rank": o.rank, "dtype": o.dtype}
+    about = {"model": Path(o.model).name if o.model else o.shape, "bs": o.batch, "seq": o.seq, "rank": o.rank}
+    about |= {"dtype": o.dtype, **train_step.facts(device, o.commit)}
     holds = True
     for name, proof in proofs.items():
         if o.only in (None, name):

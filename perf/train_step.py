@@ -280,14 +280,13 @@ def profile(step: Step, top: int) -> str:
 # ---- the command line
 
 
-def facts(setting: Setting, commit: str | None) -> dict[str, Any]:
-    """Without these a number means nothing."""
-    cuda = setting.device.type == "cuda"
+def facts(device: torch.device, commit: str | None) -> dict[str, Any]:
+    """Without these a number means nothing; ``commit``: None asks git."""
     return {
-        "gpu": torch.cuda.get_device_name(setting.device) if cuda else "cpu",
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": str(torch.__version__),
         "triton": triton.__version__,
-        "commit": commit,
+        "commit": commit or _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -369,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"train_step: {error}") from None
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     setting = Setting(o.impl, o.shape, o.quant, o.rank, o.memory, o.optimizer, o.capture, device, o.embed, o.head)
-    about = facts(setting, o.commit or _commit())
+    about = facts(device, o.commit)
     begun = time.perf_counter()
     build = ours if o.impl == "ours" else getattr(importlib.import_module("perf.peers.steps"), o.impl)
     prepare = build(setting)
