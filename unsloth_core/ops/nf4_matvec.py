@@ -4,21 +4,20 @@
 
 x (N, C) with N <= 8, w NF4 of shape (M, C) with table entries t, bias (M,), add and y (N, M). A decoded weight that is
 read once need not be written: this moves 0.516 B per weight (0.563 unless nested) where ``linear``'s other path moves
-4.5 (decode to 16 bit, read again). Everything is fp32 until the one rounding of y. absmax multiplies the sum of 32
+4.5 (decode to 16 bit, read again). Everything is fp32 until the one rounding of y. absmax multiplies the sum of 8
 products, so a weight is not rounded to ``w.dtype`` first, as decoding does: the result is nearer to the exact product.
 Not differentiable: it exists for decoding, where nothing is; ``linear`` takes its other path when x needs a gradient.
 
-One program has a few rows of W and walks along C; a thread takes 32 codes (16 bytes) of each row in one load, and the x
-they meet stays in its registers for all rows. Nothing is multiplied by a tensor core: the arithmetic of N <= 8 is less
-than the table lookups. Those are one instruction each: lane i of a warp holds entry i % 16, and a shuffle fetches from
-the lane that a code names (``tl.gather`` compiles to the same shuffle for a single warp, but goes through shared memory
-with more). The shuffle looks at five bits only, so nibbles need a shift and no mask, and four bytes of codes stay in
-the register they were loaded in. Few rows and a long sum are split along C; a second kernel adds the parts in order.
-Bytes: w and x once, y once. Compiled for sm_90 by Triton 3.6.0 for one token: 4.1 instructions per weight, of which
-3 are the shift, the shuffle and the multiply-add; 72 registers, no spills. Measured, large matrices take 0.26 ps per
-weight beyond a start of 4 us: half the rate at which those instructions could be issued, whatever the tile, loads
-ahead or not. The shuffles are what is left to blame.
-Limits: C a multiple of 32; x contiguous along C and aligned to two elements; w decodes to x's dtype or to fp32.
+One program has a few rows of W and walks along C, a warp for several chunks of 256 columns at a time: a lane takes a
+word of 8 codes of every chunk, so that codes and x are read as wide as a warp, and the x of a chunk stays in
+registers for all rows. Nothing is multiplied by a tensor core: the arithmetic of N <= 8 is less than the table
+lookups. Those are one instruction each: lane i of a warp holds entry i % 16, and a shuffle fetches from the lane that
+a code names (``tl.gather`` compiles to the same shuffle for a single warp, but goes through shared memory with more).
+The shuffle looks at five bits only, so nibbles need a shift and no mask. A lane decodes one absmax of a row for all
+lanes and chunks, which fetch theirs by one more shuffle. Few rows and a long sum are split along C; a second kernel
+adds the parts in order. Bytes: w and x once, y once.
+Limits: C a multiple of 32; x contiguous along C and aligned to two elements, codes to 4 bytes; w decodes to x's dtype
+or to fp32.
 """
 
 from typing import Any, NamedTuple
@@ -38,31 +37,43 @@ from .language import INTERPRET, cast
 
 TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 ROWS_OF_X = 8
-GROUP = 32  # codes that a thread takes at once, 16 bytes; blocks of codes with one absmax are multiples of it
+GROUP = 32  # columns that one absmax has at least, and of which C is a multiple
+WORD = 8  # codes that a lane takes at once, 4 bytes
 
 
 @triton.jit
-def _look_up(lane_entry, code):
-    """The entries that the upper and the lower nibbles of bytes name; ``lane_entry`` is what ``_hold`` returned."""
+def _look_up(lane_entry, word):
+    """The entries that the nibbles of a word name, in the order of columns; ``lane_entry`` is what ``_hold`` gave."""
     if INTERPRET:
-        index = code.to(tl.int32)
-        return tl.gather(lane_entry, index >> 4, 0), tl.gather(lane_entry, index & 0xF, 0)
+        entries = ()
+        for i in tl.static_range(8):
+            entries = entries + (tl.gather(lane_entry, (word >> (i // 2 * 8 + (1 - i % 2) * 4)) & 0xF, 0),)
+        return entries
     else:
-        upper = tl.inline_asm_elementwise(
-            """{ .reg .b32 i<4>;
-            shr.u32 i0, $8, 4; shr.u32 i1, $8, 12; shr.u32 i2, $8, 20; shr.u32 i3, $8, 28;
-            shfl.sync.idx.b32 $0, $4, i0, 31, 0xffffffff; shfl.sync.idx.b32 $1, $4, i1, 31, 0xffffffff;
-            shfl.sync.idx.b32 $2, $4, i2, 31, 0xffffffff; shfl.sync.idx.b32 $3, $4, i3, 31, 0xffffffff; }""",
-            "=r,=r,=r,=r,r,r,r,r,r", [lane_entry, code], dtype=tl.float32, is_pure=True, pack=4,
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 i<8>;
+            shr.u32 i0, $9, 4; shr.u32 i2, $9, 12; shr.u32 i3, $9, 8; shr.u32 i4, $9, 20;
+            shr.u32 i5, $9, 16; shr.u32 i6, $9, 28; shr.u32 i7, $9, 24;
+            shfl.sync.idx.b32 $0, $8, i0, 31, 0xffffffff; shfl.sync.idx.b32 $1, $8, $9, 31, 0xffffffff;
+            shfl.sync.idx.b32 $2, $8, i2, 31, 0xffffffff; shfl.sync.idx.b32 $3, $8, i3, 31, 0xffffffff;
+            shfl.sync.idx.b32 $4, $8, i4, 31, 0xffffffff; shfl.sync.idx.b32 $5, $8, i5, 31, 0xffffffff;
+            shfl.sync.idx.b32 $6, $8, i6, 31, 0xffffffff; shfl.sync.idx.b32 $7, $8, i7, 31, 0xffffffff; }""",
+            "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [lane_entry, word],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True, pack=1,
         )  # fmt: skip
-        lower = tl.inline_asm_elementwise(
-            """{ .reg .b32 i<4>;
-            shr.u32 i1, $8, 8; shr.u32 i2, $8, 16; shr.u32 i3, $8, 24;
-            shfl.sync.idx.b32 $0, $4, $8, 31, 0xffffffff; shfl.sync.idx.b32 $1, $4, i1, 31, 0xffffffff;
-            shfl.sync.idx.b32 $2, $4, i2, 31, 0xffffffff; shfl.sync.idx.b32 $3, $4, i3, 31, 0xffffffff; }""",
-            "=r,=r,=r,=r,r,r,r,r,r", [lane_entry, code], dtype=tl.float32, is_pure=True, pack=4,
+
+
+@triton.jit
+def _of_lane(value, lane):
+    """``value`` of another lane of the own warp; one element a lane."""
+    if INTERPRET:
+        return tl.gather(value, tl.arange(0, value.shape[0]) // 32 * 32 + lane, 0)
+    else:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [value, lane], dtype=tl.float32, is_pure=True,
+            pack=1,
         )  # fmt: skip
-        return upper, lower
 
 
 @triton.jit
@@ -90,6 +101,19 @@ def _halves(pair, X_TYPE: tl.constexpr):
 
 
 @triton.jit
+def _columns(pairs, X_TYPE: tl.constexpr, LANES: tl.constexpr):
+    """Of four wide integers a lane the 8 neighbours that they hold, in fp32."""
+    even, odd = tl.split(pairs.reshape(LANES, 2, 2))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    a, b = _halves(first, X_TYPE)
+    c, d = _halves(second, X_TYPE)
+    e, f = _halves(third, X_TYPE)
+    g, h = _halves(fourth, X_TYPE)
+    return a, b, c, d, e, f, g, h
+
+
+@triton.jit
 def _finish(y, out, bias, add, n, m, rows, out_n, bias_m, add_n, add_m):
     """``out[n, m] = y + bias[m] + add[n, m]``."""
     if bias is not None:
@@ -102,51 +126,60 @@ def _finish(y, out, bias, add, n, m, rows, out_n, bias_m, add_n, add_m):
 @triton.jit
 def _matvec_kernel(
     x_pairs, codes, absmax, nested_absmax, nested_code, nested_offset, table, out, bias, add,
-    rows, groups, chunk, x_n, out_n, bias_m, add_n, add_m,
-    X_TYPE: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr,
-    GROUPS_PER_BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr,
+    rows, words, part, x_n, out_n, bias_m, add_n, add_m,
+    X_TYPE: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, CHUNKS: tl.constexpr,
+    EVEN: tl.constexpr, WORDS_PER_BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of W, and of C the ``chunk`` groups of 32 that are this program's, STEP of them at a time."""
+    """ROWS rows of W, and of C the ``part`` words of 8 codes that are this program's."""
+    LANES: tl.constexpr = 32 * WARPS
     first = tl.program_id(0) * ROWS
     split = tl.program_id(1)
-    low = split * chunk
-    high = tl.minimum(low + chunk, groups)
+    low = split * part
+    high = tl.minimum(low + part, words)
     entry = _hold(table)
+    offset = 0.0
+    if nested_absmax is not None:
+        offset = tl.load(nested_offset)
+    lane = tl.arange(0, LANES) % 32
+    own_word = tl.arange(0, LANES) // 32 * (32 * CHUNKS) + lane  # of the step's first chunk
+    own_scale = tl.arange(0, LANES) // 32 * (32 * CHUNKS) + lane * CHUNKS  # the first word that has it
+    pair = tl.arange(0, LANES * 4)
+    pair = pair // 128 * (128 * CHUNKS) + pair % 128
     sums = ()
     for _ in tl.static_range(ROWS * N):
-        sums = sums + (tl.zeros((STEP,), tl.float32),)
-    for start in range(low, high, STEP):
-        group = start + tl.arange(0, STEP)
-        byte = start * 16 + tl.arange(0, STEP * 16)
-        x_inside = (byte < high * 16) | EVEN  # a mask known to be true leaves 16-byte loads
-        even = ()
-        odd = ()
-        for n in tl.static_range(N):
-            pair = tl.load(x_pairs + n * x_n + byte, mask=x_inside, other=0)
-            e, o = _halves(pair, X_TYPE)
-            even = even + (e,)
-            odd = odd + (o,)
-        grown = ()
+        sums = sums + (tl.zeros((LANES,), tl.float32),)
+    for start in range(low, high, LANES * CHUNKS):
+        word = ()
+        scale = ()
         for r in tl.static_range(ROWS):
-            at = (first + r).to(tl.int64) * groups
-            end = tl.where(first + r < rows, high, low)  # a row outside has no groups
-            code_inside = (byte < end * 16) | EVEN
-            code = tl.load(codes + at * 16 + byte, mask=code_inside, other=0)
-            block = (at + group) // GROUPS_PER_BLOCK
-            scale_inside = (group < end) | EVEN
+            at = (first + r).to(tl.int64) * words
+            end = tl.where(first + r < rows, high, low)  # a row outside has no words
+            for c in tl.static_range(CHUNKS):
+                w = start + c * 32 + own_word
+                word = word + (tl.load(codes + at + w, mask=(w < end) | EVEN, other=0),)
+            block = (at + start + own_scale) // WORDS_PER_BLOCK
+            inside = (start + own_scale < end) | EVEN  # a mask known to be true is none
             if nested_absmax is not None:
-                q = tl.load(absmax + block, mask=scale_inside, other=0).to(tl.int32)
-                scale = tl.load(nested_absmax + block // NESTED_BLOCK, mask=scale_inside, other=0.0)
-                scale = scale * tl.load(nested_code + q) + tl.load(nested_offset)
+                q = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
+                s = tl.load(nested_absmax + block // NESTED_BLOCK, mask=inside, other=0.0)
+                scale = scale + (s * tl.load(nested_code + q) + offset,)
             else:
-                scale = tl.load(absmax + block, mask=scale_inside, other=0.0)
-            upper, lower = _look_up(entry, code)
+                scale = scale + (tl.load(absmax + block, mask=inside, other=0.0),)
+        for c in tl.static_range(CHUNKS):
+            x = ()
             for n in tl.static_range(N):
-                # Each sum stays in one thread, a chain of 16 multiply-adds.
-                part = tl.sum((upper * even[n]).reshape(STEP, 16), 1)
-                part += tl.sum((lower * odd[n]).reshape(STEP, 16), 1)
-                grown = grown + (sums[r * N + n] + part * scale,)
-        sums = grown
+                p = (start + c * 32) * 4 + pair
+                x = x + _columns(tl.load(x_pairs + n * x_n + p, mask=(p < high * 4) | EVEN, other=0), X_TYPE, LANES)
+            grown = ()
+            for r in tl.static_range(ROWS):
+                t = _look_up(entry, word[r * CHUNKS + c])
+                s = _of_lane(scale[r], c * (32 // CHUNKS) + lane // CHUNKS)
+                for n in tl.static_range(N):
+                    y = t[0] * x[8 * n]
+                    for i in tl.static_range(1, 8):
+                        y += t[i] * x[8 * n + i]
+                    grown = grown + (sums[r * N + n] + y * s,)
+            sums = grown
     out += split.to(tl.int64) * N * rows
     for r in tl.static_range(ROWS):
         for n in tl.static_range(N):
@@ -168,31 +201,33 @@ def _combine_kernel(
 
 
 class Config(NamedTuple):
-    """Launch parameters: rows of W per program, groups of 32 columns per step (a warp for 32 of them), parts of C."""
+    """Launch parameters: rows of W per program, warps along C, chunks of 256 columns of each in a step, parts of C."""
 
     rows: int
-    step: int
+    warps: int
+    chunks: int
     splits: int
 
 
 def configuration(n: int, m: int, c: int, dtype: torch.dtype, where: torch.device) -> Config:
     """By shape, as measured on an H100 (perf/LOG.md). The more rows share one load of x the better, as long as x and
-    the sums of ``n`` tokens fit into registers; single warps where there are enough of them, pairs where not."""
-    groups = c // GROUP
+    the sums of ``n`` tokens fit into registers."""
     if device.interpreting():
-        rows, step = 2, 4
+        rows, warps, chunks = 2, 1, 1
     else:
-        rows = 4 if n <= 4 or dtype != torch.float32 else 1
-        step = 64 if n == 1 and m < 64 * device.sms(where) and groups >= 64 else 32
-    programs, steps = device.cdiv(m, rows), device.cdiv(groups, step)
+        rows = 4 if n == 1 else 2
+        warps = 1
+        chunks = 8 if n == 1 and c >= 8 * 256 else 4
+    programs, steps = device.cdiv(m, rows), device.cdiv(c, 256 * warps * chunks)
     splits = 1 if programs >= device.sms(where) else min(steps, device.cdiv(2 * device.sms(where), programs))
-    return Config(rows, step, splits)
+    return Config(rows, warps, chunks, splits)
 
 
 def takes(x_NC: Tensor, w: NF4) -> bool:
     """Whether :func:`nf4_matvec` can multiply these (whose devices and columns agree); see the limits above."""
     pairs = x_NC.shape[1] % GROUP == 0 and x_NC.stride(1) == 1 and x_NC.stride(0) % 2 == 0
-    aligned = device.aligned(x_NC, 2 * x_NC.element_size())
+    aligned = device.aligned(x_NC, 2 * x_NC.element_size()) and device.aligned(w.codes, 4)
+    aligned = aligned and w.codes.storage_offset() % 4 == 0
     return 1 <= x_NC.shape[0] <= ROWS_OF_X and pairs and aligned and w.dtype in (x_NC.dtype, torch.float32)
 
 
@@ -218,10 +253,12 @@ def nf4_matvec(
         y = backend.reference("nf4_matvec")(x_NC, w, bias, add, dtype=x_NC.dtype if out is None else out.dtype)
         return y if out is None else out.copy_(y)
     (n, c), m, where = x_NC.shape, w.shape[0], x_NC.device
-    rows, step, splits = config or configuration(n, m, c, x_NC.dtype, where)
-    groups = c // GROUP
-    chunk = device.cdiv(device.cdiv(groups, splits), step) * step
-    splits = device.cdiv(groups, chunk)
+    rows, warps, chunks, splits = config or configuration(n, m, c, x_NC.dtype, where)
+    if c % 64 or w.block < 64:
+        chunks = min(chunks, 4)  # 32 columns that share an absmax, as a lane takes with 4 chunks, always do
+    words, step = c // WORD, 32 * warps * chunks
+    part = device.cdiv(device.cdiv(words, splits), step) * step
+    splits = device.cdiv(words, part)
     if out is None:
         out = torch.empty(n, m, dtype=x_NC.dtype, device=where)
     nested = w.nested or None
@@ -232,18 +269,19 @@ def nf4_matvec(
         _matvec_kernel,
         (device.cdiv(m, rows), splits),
         x_NC.view(torch.int64 if x_NC.dtype == torch.float32 else torch.int32),
-        *(w.codes.reshape(-1), w.absmax),
+        *(w.codes.reshape(-1).view(torch.int32), w.absmax),
         *((nested.absmax_P, nested.code_256, nested.offset) if nested else (None, None, None)),
         *(nf4.table(where), target, *(last if splits == 1 else (None, None))),
-        *(m, groups, chunk, x_NC.stride(0) // 2, target.stride(-2), *last_strides),
+        *(m, words, part, x_NC.stride(0) // 2, target.stride(-2), *last_strides),
         X_TYPE=TRITON_TYPES[x_NC.dtype],
         N=n,
         ROWS=rows,
-        STEP=step,
-        EVEN=m % rows == 0 and groups % step == 0,
-        GROUPS_PER_BLOCK=w.block // GROUP,
+        WARPS=warps,
+        CHUNKS=chunks,
+        EVEN=m % rows == 0 and words % step == 0,
+        WORDS_PER_BLOCK=w.block // WORD,
         NESTED_BLOCK=nf4.NESTED_BLOCK,
-        num_warps=max(1, step // 32),
+        num_warps=warps,
         enable_fp_fusion=True,
     )
     if splits > 1:
@@ -270,8 +308,8 @@ def _check(x: Tensor, w: NF4, bias: Any, add: Any, out: Tensor | None) -> None:
     if not takes(x, w):
         raise ValueError(
             f"nf4_matvec: x is {x.dtype} {tuple(x.shape)}, strides {x.stride()}, and w decodes to {w.dtype}; expected "
-            f"1 to {ROWS_OF_X} rows of whole groups of {GROUP}, contiguous, aligned to two elements, and w to decode "
-            "to the same dtype or to float32"
+            f"1 to {ROWS_OF_X} rows of whole groups of {GROUP}, contiguous, aligned to two elements, codes to 4 bytes, "
+            "and w to decode to the same dtype or to float32"
         )
     n, m = x.shape[0], w.shape[0]
     for name, t, expected in (("bias", bias, (m,)), ("add", add, (n, m)), ("out", out, (n, m))):
