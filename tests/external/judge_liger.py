@@ -106,17 +106,35 @@ class LigerCrossEntropyFunction:
         x, target, weight, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0, reduction="mean", softcap=None,
         return_z_loss=False, return_token_accuracy=False, return_predicted_tokens=False,
     ):  # fmt: skip
-        _refuse(weight, return_z_loss, return_token_accuracy, return_predicted_tokens)
         fits(x.numel())
         if bool(((target < 0) | (target >= x.shape[1])).logical_and(target != ignore_index).any()):
             skip(
                 "an exception for a target out of bounds, which a device value cannot raise without a wait: ours is NaN"
             )
-        losses = op("cross_entropy")(
-            x, target, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=lse_square_scale,
-            softcap=softcap,
-        )  # fmt: skip
-        return _reduced(losses, target, ignore_index, reduction, x.dtype), None, None, None
+        given = {} if weight is None else {"weight_V": weight}
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "softcap": softcap}
+        losses, best = op("cross_entropy")(x, target, **given, **options, return_argmax=True)
+        z_losses = None
+        if lse_square_scale != 0.0:  # a part of its own here: it has no class weights
+            z_losses = op("cross_entropy")(x, target, **given, **options, z_loss=lse_square_scale) - losses
+        counts = target != ignore_index
+        total, z_loss = losses, z_losses
+        if reduction != "none":
+            total, z_loss = losses.sum(), None if z_losses is None else z_losses.sum()
+        if reduction == "mean":
+            total = total / (counts.sum() if weight is None else weight[target[counts]].float().sum())
+            z_loss = None if z_loss is None else z_loss / counts.sum()
+        if z_loss is not None:
+            total = total + z_loss
+        elif return_z_loss:
+            z_loss = torch.zeros_like(total)
+        accuracy = (best == target).float()
+        return (
+            total.to(x.dtype),
+            z_loss.to(x.dtype) if return_z_loss else None,
+            (accuracy if reduction == "none" else accuracy.sum() / counts.sum()) if return_token_accuracy else None,
+            best if return_predicted_tokens else None,
+        )
 
 
 class LigerFusedLinearCrossEntropyFunction:
