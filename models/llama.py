@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from unsloth_core.ops.add_rms_norm import add_rms_norm
 from unsloth_core.ops.embedding import embedding
 from unsloth_core.ops.glu_linear import glu_linear
 from unsloth_core.ops.linear import linear
@@ -126,7 +127,7 @@ def pre(w: Layer, x_ND: Tensor, rot: tuple[Tensor, Tensor], cfg: Config) -> tupl
 def post(w: Layer, x_ND: Tensor, o_NHK: Tensor, cfg: Config) -> tuple[Tensor, Any]:
     """Everything after attention; token-local. No statistics: the second value is ABSENT."""
     mid_ND = linear(o_NHK.flatten(-2), w.o, w.o_bias, add=x_ND, name="mid")
-    n_ND = rms_norm(mid_ND, w.norm2, eps=cfg.rms_norm_eps, name="norm2")
+    mid_ND, n_ND = add_rms_norm(mid_ND, ABSENT, w.norm2, eps=cfg.rms_norm_eps, name="norm2")
     gate_up_N2F = linear(n_ND, w.gate_up, w.gate_up_bias, name="gate_up")
     return glu_linear(gate_up_N2F, w.down, w.down_bias, add=mid_ND, act="silu", name="down"), ABSENT
 

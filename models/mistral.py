@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from unsloth_core.ops.add_rms_norm import add_rms_norm
 from unsloth_core.ops.embedding import embedding
 from unsloth_core.ops.glu import glu
 from unsloth_core.ops.glu_linear import glu_linear
@@ -147,7 +148,7 @@ def post(w: Layer, x_ND: Tensor, o_NHK: Tensor, cfg: Config, valid_N: Any = ABSE
     choices of it.
     """
     mid_ND = linear(o_NHK.flatten(-2), w.o, add=x_ND, name="mid")
-    n_ND = rms_norm(mid_ND, w.norm2, eps=cfg.rms_norm_eps, name="norm2")
+    mid_ND, n_ND = add_rms_norm(mid_ND, ABSENT, w.norm2, eps=cfg.rms_norm_eps, name="norm2")
     if cfg.experts is None:
         gate_up_N2F = linear(n_ND, w.gate_up, name="gate_up")
         return glu_linear(gate_up_N2F, w.down, add=mid_ND, act="silu", name="down"), ABSENT

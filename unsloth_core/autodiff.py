@@ -243,7 +243,7 @@ class _Op(torch.autograd.Function):
         ctx.save_for_backward(*kept)
         ctx.call, ctx.several = call, isinstance(out, tuple)
         if (fates := _report.get()) is not None:
-            outputs = out if ctx.several else (out,)
+            outputs = [o for o in (out if ctx.several else (out,)) if not any(o is leaf for leaf in leaves)]
             fresh = [t for t in kept if not any(t is leaf for leaf in leaves)]
             extra = sum(t.nbytes for t in fresh if not any(t is o for o in outputs))
             fates.append(Fate(call.name, SAVE, sum(t.nbytes for t in outputs) + extra))
@@ -484,15 +484,16 @@ class Spare:
 
 @dataclasses.dataclass
 class _Entry:
-    """One recorded call. ``residuals`` codes each leaf as ("arg", i), ("out", i), ("none", 0) or the fresh tensor."""
+    """One recorded call. ``residuals`` codes each leaf as ("arg", i), ("out", i), ("none", 0) or the fresh tensor;
+    ``outputs`` each one as ("arg", i), ("lost", (shape, dtype)) or the tensor. What is kept becomes ("kept", i)."""
 
     name: str
     keep: bool
     several: bool
-    outputs: list[Any]  # tensors when kept, (shape, dtype) otherwise
+    outputs: list[Any]
     residuals: list[Any] | None  # None: they must be rebuilt by running the call
     residual_spec: Any
-    reads: set[int]  # storages of the arguments, of the outputs, of residuals that are arguments
+    reads: set[int]  # storages of the arguments, of other outputs, of residuals that are arguments
     makes: set[int]
     needs: set[int]
     fate: str = "run"
@@ -531,16 +532,17 @@ class _Record:
             codes = [("none", 0) if any(t is s for s in spare) else code for t, code in zip(kept, codes, strict=True)]
         fresh = [code for code in codes if isinstance(code, Tensor) and not any(code is s for s in spare)]
         rebuilt = bool(fresh) or any(not isinstance(code, Tensor) and code[0] == "out" for code in codes)
+        made = [_code(o, leaves, ()) for o in outputs]
         self.entries.append(
             _Entry(
                 name=name,
                 keep=keep,
                 several=isinstance(out, tuple),
-                outputs=outputs if keep else [(o.shape, o.dtype) for o in outputs],
+                outputs=[("lost", (o.shape, o.dtype)) if isinstance(o, Tensor) and not keep else o for o in made],
                 residuals=codes if keep or not rebuilt else None,
                 residual_spec=spec,
                 reads=self._storages(leaves),
-                makes=self._storages(outputs),
+                makes=self._storages([o for o in made if isinstance(o, Tensor)]),
                 needs=self._storages([leaves[c[1]] for c in codes if not isinstance(c, Tensor) and c[0] == "arg"]),
             )
         )
@@ -613,11 +615,13 @@ class _Replay:
         entry = self._next(name)
         if entry.fate == "run":
             return run()
-        if entry.fate == "saved":
-            outputs = [self.tensors[slot].detach() for slot in entry.outputs]
-        else:  # never read; NaN in case that is wrong
-            nan = torch.full((), float("nan"), device=leaves[0].device)
-            outputs = [nan.to(dtype).expand(shape) for shape, dtype in entry.outputs]
+        outputs: list[Tensor] = []
+        for kind, what in entry.outputs:
+            if kind == "lost":  # never read; NaN in case that is wrong
+                shape, dtype = what
+                outputs.append(torch.full((), float("nan"), device=leaves[0].device).to(dtype).expand(shape))
+            else:
+                outputs.append(leaves[what] if kind == "arg" else self.tensors[what].detach())
         pools = {"arg": leaves, "out": outputs, "kept": self.tensors, "none": (ABSENT,)}
         residuals = tree.unflatten([pools[kind][i] for kind, i in entry.residuals or ()], entry.residual_spec)
         return (tuple(outputs) if entry.several else outputs[0]), residuals
@@ -657,7 +661,7 @@ class _Layer(torch.autograd.Function):
 
         for entry in entries:
             if entry.fate == "saved":
-                entry.outputs = [keep(o, entry.name) for o in entry.outputs]
+                entry.outputs = [("kept", keep(o, entry.name)) if isinstance(o, Tensor) else o for o in entry.outputs]
             if entry.residuals is not None:
                 codes = [("kept", keep(c, entry.name)) if isinstance(c, Tensor) else c for c in entry.residuals]
                 entry.residuals = codes
@@ -671,8 +675,7 @@ class _Layer(torch.autograd.Function):
             fate = plan.policy.get(INPUT, SAVE)
             fates.append(Fate(INPUT, fate, sum(leaves[i].nbytes for i in moving)))
             for entry in entries:
-                slots = [i for kind, i in entry.residuals or () if kind == "kept"]
-                slots += entry.outputs if entry.fate == "saved" else []
+                slots = [i for kind, i in (*(entry.residuals or ()), *entry.outputs) if kind == "kept"]
                 size = sum(kept[slot].nbytes for slot in slots)
                 fate = {"run": RECOMPUTE, "saved": plan.policy.get(entry.name)}.get(entry.fate, entry.fate)
                 fates.append(Fate(entry.name, str(fate), size))

@@ -30,6 +30,19 @@ def test_rule(leading, D, dtype, w_dtype, mode, views, scale, seed):
     check_op(add_rms_norm, (x, res, rand((D,), w_dtype, seed=seed + 2)), statics, seed=seed)
 
 
+@pytest.mark.parametrize("dtype, D", [(torch.float16, 7), (torch.bfloat16, 300), (torch.float32, 16500)])
+@pytest.mark.parametrize("mode", [("llama", 0.0), ("gemma", 1.0)])
+def test_a_stream_that_passes_through(dtype, D, mode):
+    """Without res h is x itself, y is rms_norm's to the bit, and both cotangents meet before dx is rounded."""
+    x, w = rand((5, D), dtype, seed=0), rand((D,), dtype, seed=1)
+    statics = {"casting_mode": mode[0], "offset": mode[1]}
+    check_op(add_rms_norm, (x, ABSENT, w), statics)
+    with backend.using("triton"):
+        (h, y), (kept, _, _) = add_rms_norm.fwd(x, ABSENT, w, needs=(True, ABSENT, True), **statics)
+        assert h is x and kept is x
+        assert torch.equal(y, rms_norm(x, w, **statics))
+
+
 @pytest.mark.parametrize("dtype, D", [(torch.bfloat16, 8200), (torch.float32, 16500), (torch.bfloat16, 33001)])
 def test_long_rows(dtype, D):
     """Beyond what one program holds: dw apart from dx, then every pass walking over three blocks and more."""

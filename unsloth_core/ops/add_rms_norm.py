@@ -6,7 +6,10 @@ Formula, per row of D channels, with ĥ = h·rstd and rstd = (mean(h²) + eps)^-
 Backward, for cotangents dh and dy, with m = dy ∘ (w + offset):
     dx = dres = dh + rstd · (m - ĥ · mean(m ∘ ĥ))          dw = Σ_rows dy ∘ ĥ
 
-Residuals: h (an output), w (an argument) and rstd, fp32, 4 bytes per row. Neither x nor res is kept.
+Without ``res`` h is x itself: the stream passes through, so that what else becomes of it gives its gradient back here,
+where it joins dx in the pass that makes it. As rms_norm beside a stream, autograd adds the two: 6 bytes more.
+
+Residuals: h (an output, or the argument x), w (an argument) and rstd, fp32, 4 bytes per row. Neither x nor res is kept.
 Dtypes: x and res alike, fp16, bf16 or fp32, and so are h, y and their gradients; w in any of the three, dw in
 w's. The statistics are those of the rounded h, as two separate ops would have it; ``casting_mode`` is that of
 :mod:`.rms_norm`.
@@ -35,6 +38,7 @@ from .rms_norm import (
     check_row_strides,
     in_registers,
     norm_backward,
+    norm_forward,
     row_offset,
     scaled,
     whole_rows,
@@ -109,7 +113,7 @@ def _forward_long(
 @prepared
 def add_rms_norm_fwd(
     x: Tensor,
-    res: Tensor,
+    res: Tensor | Any,
     w: Tensor,
     *,
     needs: Any,
@@ -117,11 +121,18 @@ def add_rms_norm_fwd(
     offset: float = 0.0,
     casting_mode: str = "llama",
 ) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...]]:
-    """x (..., D), res (..., D), w (D,) -> (h, y), both (..., D) in x's dtype, new and contiguous.
+    """x (..., D), res (..., D) or ABSENT, w (D,) -> (h, y), both (..., D) in x's dtype, new and contiguous; without res
+    h is x.
 
     ``casting_mode`` "llama" or "gemma", as in rms_norm. Raises ValueError for other shapes, dtypes, devices,
     strides or modes, NotImplementedError for 2^30 rows or more.
     """
+    if res is ABSENT:
+        check_norm("add_rms_norm", x, w, casting_mode)
+        inner, (x_rows,) = check_row_strides("add_rms_norm", x=x)
+        differentiated = needs[0] or needs[2]
+        y, rstd = norm_forward(x, w, None, inner, x_rows, (0, 0), differentiated, eps, offset, casting_mode)
+        return (x, y), (x, w, rstd) if differentiated else (ABSENT, ABSENT, ABSENT)
     check_norm("add_rms_norm", x, w, casting_mode, "res", res)
     inner, (x_rows, res_rows) = check_row_strides("add_rms_norm", x=x, res=res)
     D = x.shape[-1]
@@ -159,12 +170,12 @@ def add_rms_norm_bwd(
     """(dh, dy) like (h, y), of any strides, at most one ABSENT -> (dx, dres, dw); dx is dres."""
     h, w, rstd = residuals
     dh, dy = cotangents
-    needs_h, needs_w = needs[0] or needs[1], needs[2]
+    needs_h, needs_w = needs[0] or needs[1] is True, needs[2]
     if dy is ABSENT:
         d, dw = dh, ABSENT
     else:
         d, dw = norm_backward(h, w, rstd, dy, dh, needs_x=needs_h, needs_w=needs_w, offset=offset)
-    return d if needs[0] else ABSENT, d if needs[1] else ABSENT, dw
+    return d if needs[0] else ABSENT, d if needs[1] is True else ABSENT, dw
 
 
 add_rms_norm = custom_vjp(add_rms_norm_fwd, add_rms_norm_bwd)

@@ -372,6 +372,31 @@ def sum_partials(partial: Tensor, out: Tensor) -> None:
     )  # fmt: skip
 
 
+def norm_forward(
+    x: Tensor, w: Tensor, add: Any, inner: int, x_rows: tuple[int, ...], add_rows: tuple[int, ...],
+    differentiated: bool, eps: float, offset: float, casting_mode: str,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """``(y, rstd)`` of arguments that were checked; ``add`` may be None, rstd is None where nobody asks for it."""
+    D = x.shape[-1]
+    rows = x.numel() // D
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if differentiated else None
+    if in_registers(x):
+        ROWS, BLOCK, warps = whole_rows(D)
+        launch(
+            _forward, (cdiv(rows, ROWS),), x, w, add, y, rstd, rows, D, inner, *x_rows, *add_rows,
+            eps=eps, offset=offset, ROUND=casting_mode == "llama", ROWS=ROWS, BLOCK=BLOCK,
+            num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    else:
+        launch(
+            _forward_long, (rows,), x, w, add, y, rstd, D, inner, *x_rows, *add_rows,
+            eps=eps, offset=offset, ROUND=casting_mode == "llama", BLOCK=_WALK,
+            num_warps=8, enable_fp_fusion=True,
+        )  # fmt: skip
+    return y, rstd
+
+
 def norm_backward(
     x: Tensor, w: Tensor, rstd: Tensor, dy: Tensor, dh: Any, *, needs_x: bool, needs_w: bool, offset: float
 ) -> tuple[Any, Any]:
@@ -447,24 +472,8 @@ def rms_norm_fwd(
     else:
         check_norm("rms_norm", x, w, casting_mode, "add", add)
         inner, (x_rows, add_rows) = check_row_strides("rms_norm", x=x, add=add)
-    D = x.shape[-1]
-    rows = x.numel() // D
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     differentiated = needs[0] or needs[1]
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if differentiated else None
-    if in_registers(x):
-        ROWS, BLOCK, warps = whole_rows(D)
-        launch(
-            _forward, (cdiv(rows, ROWS),), x, w, add, y, rstd, rows, D, inner, *x_rows, *add_rows,
-            eps=eps, offset=offset, ROUND=casting_mode == "llama", ROWS=ROWS, BLOCK=BLOCK,
-            num_warps=warps, enable_fp_fusion=True,
-        )  # fmt: skip
-    else:
-        launch(
-            _forward_long, (rows,), x, w, add, y, rstd, D, inner, *x_rows, *add_rows,
-            eps=eps, offset=offset, ROUND=casting_mode == "llama", BLOCK=_WALK,
-            num_warps=8, enable_fp_fusion=True,
-        )  # fmt: skip
+    y, rstd = norm_forward(x, w, add, inner, x_rows, add_rows, differentiated, eps, offset, casting_mode)
     return y, (x, w, rstd) if differentiated else (ABSENT, ABSENT, ABSENT)
 
 
