@@ -62,7 +62,8 @@ class Case:
 
     ``make(random, *shape)`` gives the arguments that ``ours`` and every peer take; ``wanted(*args)`` the tensors that
     get a gradient; ``costs(args, *shape)`` the directions that are measured, with the least work of each. ``small``
-    runs the kernels of the large shapes and is checked against the oracle; ``tiny`` is for ``--smoke``."""
+    runs the kernels of the large shapes and is checked against the oracle; ``tiny`` is for ``--smoke``. ``replay``: it
+    is timed inside a CUDA graph."""
 
     op: str
     shapes: tuple[Shape, ...]
@@ -75,6 +76,7 @@ class Case:
     wanted: Callable[..., list[Tensor]] = lambda *args: []
     dtype: torch.dtype = torch.bfloat16
     compiles: bool = True
+    replay: bool = False
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -439,6 +441,7 @@ def _products() -> Iterator[Case]:
             "decoded": lambda x, w: F.linear(x, nf4.dequantize(w).to(x.dtype)),  # the same by two of the other kernels
         },
         costs=lambda args, N, M, C: {"fwd": nf4_matvec.cost(N, args[1])},
+        replay=True,
     )
 
 

@@ -3,7 +3,8 @@
 An implementation is timed only if its outputs and gradients agree with the oracle (the reference in fp32 or better) in
 this same process. Forward and backward apart, by CUDA events, ours and the peers' in turns, the median of all. Cold L2:
 arguments and outputs rotate through more memory than L2 holds. The GPU sleeps before every call for as long as the host
-needs to launch it, so that the time is the GPU's; the host's own time is another column.
+needs to launch it, so that the time is the GPU's; the host's own time is another column. What only generation runs is
+timed as generation runs it: one call of many in a CUDA graph.
 
 Bytes and FLOPs are the op's ``cost``: what has to be moved and computed at least, whoever does it. The ceiling is what
 this machine reached in this run: a copy (bytes read and written) and a bf16 product of 8192 x 8192 matrices."""
@@ -80,6 +81,18 @@ class Machine:
         keep(out)
         end.synchronize()
         return start.elapsed_time(end)
+
+    def replayed(self, calls: Sequence[Call]) -> list[float]:
+        """Times of one call when a CUDA graph makes them all, one behind the other, as generation does."""
+        calls[0]()  # what a first call allocates or compiles must not be captured
+        self.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = [call() for call in calls]  # each output its own memory
+        graph.replay()
+        times = [self.milliseconds(graph.replay) / len(calls) for _ in range(15)]
+        del kept
+        return times
 
     def host_us(self, call: Call) -> float:
         """Median time until a call returns to the host, one call after the other: of 100, or what fits into 0.3 s.
@@ -264,7 +277,10 @@ class Bench:
                     ready.pop(impl, None)
                 if impl not in repeats:
                     self._free()  # only now: until here the error held what it had allocated
-            times = self._in_turns(ready, repeats, host, direction, len(sets))
+            if case.replay and self.machine.device.type == "cuda":
+                times = self._replayed(case, shape, direction, {impl: ready[impl] for impl in repeats})
+            else:
+                times = self._in_turns(ready, repeats, host, direction, len(sets))
             best = min((t for impl, t in times.items() if impl not in ("ours", REFERENCE)), default=math.nan)
             for impl, ms in times.items():
                 seconds = cost.seconds(bytes_per_s=self.machine.bytes_per_s, flops_per_s=self.machine.flops_per_s)
@@ -285,6 +301,16 @@ class Bench:
                 if case.op.startswith("attention"):  # its two yardsticks, whichever is faster
                     row |= {key: _round(times[peer] / ms) if peer in times else None for key, peer in RATIOS.items()}
                 self.emit({**row, **self.facts})
+
+    def _replayed(self, case: Case, shape: Shape, direction: str, ready: dict[str, list[Call]]) -> dict[str, float]:
+        """Median milliseconds inside a CUDA graph."""
+        times = {}
+        for impl, calls in ready.items():
+            try:
+                times[impl] = statistics.median(self.machine.replayed(calls))
+            except Exception as error:  # what cannot be captured
+                self._failed(case, impl, error, shape, direction)
+        return times
 
     def _in_turns(
         self,
