@@ -211,6 +211,7 @@ class Bench:
     facts: dict[str, Any]  # what every row says about the machine and the code
     emit: Callable[[dict[str, Any]], None]
     with_compile: bool = False
+    with_reference: bool = True
     libraries: Mapping[str, Mapping[str, Callable[..., Any]]] = field(default_factory=dict)  # peers by op and name
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -236,6 +237,8 @@ class Bench:
         shape = case.tiny if self.machine.smoke else case.small
         args = arguments(case, shape, self.machine, seed=0)
         truth = oracle(case, args)
+        if not self.with_reference:
+            del candidates[REFERENCE]
         fns, host = {}, {}
         for impl, fn in candidates.items():
             try:
@@ -395,6 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("op", nargs="*", help="ops to measure; all if none is named")
     parser.add_argument("--out", type=Path, default=ROOT / "perf/records/ops.jsonl", help="rows are appended here")
     parser.add_argument("--compile", action="store_true", help="also torch.compile of eager PyTorch, as a peer")
+    parser.add_argument("--no-reference", action="store_true", help="do not time our slow reference")
     parser.add_argument(
         "--peers",
         default=",".join(peers.DEFAULT),
@@ -433,7 +437,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine.find_ceilings()
     print(f"{machine.name}: copy {machine.bytes_per_s / 1e9:.4g} GB/s, bf16 product", end=" ")
     print(f"{machine.flops_per_s / 1e12:.4g} TFLOP/s", flush=True)
-    bench = Bench(machine, facts(machine, commit), emit, options.compile, libraries, notes=missing)
+    bench = Bench(
+        machine, facts(machine, commit), emit, options.compile, not options.no_reference, libraries, notes=missing
+    )
     for case in cases:
         if not options.op or case.op in options.op:
             started = time.perf_counter()
