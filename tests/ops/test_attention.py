@@ -1,6 +1,7 @@
 """Attention: the op rule over packing, caches, windows, caps and head sizes, and the promises that need no
 oracle."""
 
+import importlib
 import itertools
 from functools import partial
 
@@ -13,9 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import unsloth_core.backend as backend
 from unsloth_core.ops.attention import attention, configurations, cost
+from unsloth_core.ops.attention_tiles import shares
 from unsloth_core.reference.attention import attention as reference
 from unsloth_core.segments import Segments
 from unsloth_core.tree import ABSENT
+
+op = importlib.import_module("unsloth_core.ops.attention")  # the package's attribute is the op
 
 # The allowance over eager PyTorch. Flash makes two roundings that eager does not: backward takes Δ = Σ o∘do from the
 # rounded o, and rebuilds P from lse, an exponential of a difference, where softmax divides. 16 bits nearly hide them.
@@ -222,6 +226,21 @@ def test_a_cache_split_over_programs_merges():
     q, k, v = tensors(1, 160, 4, 2, 33)
     args = (q, k, v, segments([0], [1]), segments([3], [90], max_len=160))
     check_op(attention, args, {"return_lse": True}, judge=eager, factor=FACTOR[torch.float32])
+
+
+def test_query_heads_are_divided_where_blocks_of_keys_are_few():
+    """Seven heads on one, over four programs: 2, 2, 2 and 1."""
+    whole, N = packed([70])
+    check_op(attention, (*tensors(N, N, 7, 1, 16), whole, whole), judge=eager, factor=FACTOR[torch.float32])
+
+
+@given(st.integers(0, 300), st.integers(1, 100), st.sampled_from((4, 132)))
+def test_shares(programs, group, sms):
+    """Every share has a head; more programs than needed to fill the machine twice come only of whole heads."""
+    count = shares(programs, group, sms)
+    each = -(-group // count)
+    assert (count - 1) * each < group <= count * each
+    assert count == 1 if programs >= sms else count == group or count * max(programs, 1) <= 2 * sms + programs
 
 
 @pytest.mark.parametrize("start, length", [(4, 6), (9, 1), (0, 0)])
@@ -485,10 +504,11 @@ def test_accuracy_at_32k_tokens(dtype, scale, statics):
 @pytest.mark.parametrize("K", [33, 64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", ["aligned", "ragged", "decode", "pointers"])
-def test_every_launch_configuration(dtype, K, rows):
+def test_every_launch_configuration(dtype, K, rows, monkeypatch):
     """Compiled code of every tile against float64, and 20 repeats to the same bits (a race would show)."""
     match rows:
         case "aligned":
+            monkeypatch.setattr(op, "shares", lambda *_: 1)  # as for many keys
             (q_segments, N), (kv_segments, M) = packed([512, 256]), packed([512, 256])
         case "ragged":
             (q_segments, N), (kv_segments, M) = packed([389, 1, 0, 253], 3), packed([401, 7, 64, 253], 5)

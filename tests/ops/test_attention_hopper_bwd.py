@@ -94,13 +94,14 @@ def test_what_is_taken():
     assert not hopper.takes(q, q, q, q, long, packed([64])[0])
 
 
+SHARES = {"ragged": 2, "full": 3, "softcap": 4}  # of the query heads of a key head: equal ones, unequal, one head each
 CASES = {  # queries and keys of each segment, rows between segments, H, G, statics
     "causal": ([1024], [1024], 0, 8, 2, {}),
     "ragged": ([389, 1, 0, 253], [401, 7, 64, 253], 3, 8, 2, {}),
     "full": ([512, 256], [300, 700], 5, 4, 1, {"causal": False}),
-    "window": ([600, 424], [600, 424], 0, 4, 4, {"window": 150}),
+    "window": ([600, 424], [600, 424], 0, 8, 2, {"window": 150}),  # all tiles of a head, then the next head
     "softcap": ([500, 12, 300], [500, 64, 900], 0, 8, 2, {"softcap": 3.0, "window": 100}),
-    "negative scale": ([700], [700], 0, 4, 2, {"scale": -0.1}),
+    "negative scale": ([700], [700], 0, 4, 4, {"scale": -0.1}),
     "few queries": ([100, 3], [1000, 200], 0, 4, 2, {}),
     "nothing seen": ([64, 64], [0, 64], 3, 2, 1, {}),
 }
@@ -123,7 +124,7 @@ def test_every_launch_configuration(K, dtype, case):
     blind = torch.isinf(lse)
     inner, outer, scale = factors(K, statics.get("scale"), statics.get("softcap"))
 
-    def run(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, *, add: bool) -> None:
+    def run(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, *, add: bool = False, shares: int = 1) -> None:
         P = device.cdiv(N, 64) * 64 + 128
         rows = [torch.full((H, P), x, device=DEVICE) for x in (float("inf"), 0.0)]
         rows[0][:, :N] = lse.masked_fill(blind, float("inf")).T
@@ -131,18 +132,25 @@ def test_every_launch_configuration(K, dtype, case):
         hopper.backward(
             q, k, v, do, *rows, dq, dk, dv, qs, ks, inner=inner if scale > 0 else -inner, outer=outer, scale=scale,
             causal=statics.get("causal", True), window=statics.get("window"), add=add,
+            shares=shares,
         )  # fmt: skip
 
     first = None
     for _ in range(20):
         buffer = torch.full((max(N, M), H + 2 * G, K), float("nan"), dtype=dtype, device=DEVICE)
         now = [buffer[:N, :H], buffer[:M, H : H + G], buffer[:M, H + G :]]
-        run(*now, add=False)
+        run(*now)
         assert first is None or all(torch.equal(a, b) for a, b in zip(first, now, strict=True)), "other bits"
         first = [t.clone() for t in now]
     sums = [torch.full((M, G, K), 2.0, device=DEVICE) for _ in range(2)]
     run(torch.empty((N, H, K), device=DEVICE), *sums, add=True)
     assert first is not None
+    if shares := SHARES.get(case):
+        parts = [torch.full((shares, M, G, K), float("nan"), device=DEVICE) for _ in range(2)]
+        run(again := torch.empty_like(q), *parts, shares=shares)
+        assert torch.equal(again, first[0])
+        for ours, share in zip(first[1:], parts, strict=True):
+            torch.testing.assert_close(ours, share.sum(0).to(dtype), rtol=2**-7, atol=2**-9)
     for name, ours, truth in zip(
         ("dq", "dk", "dv", "dk added", "dv added"),
         [*first, *(t - 2.0 for t in sums)],

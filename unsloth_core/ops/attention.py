@@ -22,12 +22,14 @@ Few queries per segment (decoding) go to ``attention_decode``, which splits the 
 
 Residuals: q, k, v, sinks and both segments (arguments), o (an output), lse (an output if asked for, else
 4·N·H new bytes). Dtype: fp16, bf16 or fp32 in and out; products, softmax and sums in fp32, P and dS rounded
-to the input's dtype for their products; lse fp32. fp32 inputs are multiplied exactly (no tf32). Any strides,
+to the input's dtype for their products; lse fp32. fp32 inputs are multiplied exactly (no tf32),
+and their dk and dv summed with compensation. Any strides,
 no copies: blocks of aligned 16-bit heads go through tensor descriptors (Hopper's copy engine), all others
 through pointers. d_sinks is summed from one part per 64 rows, in their order. Bytes (b per element): forward
 fused (2·N·H + 2·M·G)·K·b; unfused 2·N·M·H·(4 + b) more. Backward needs 8·N·H scratch, fused on Hopper 4·N·H·K
-more. Limits: head size 1 to 256, the same for q, k and v; rows and channels lie less than 2^23 elements apart
-(a cotangent of which they do not is copied); double backward raises.
+more; where blocks of keys are too few to fill the machine, query heads are divided over several programs, which takes
+8·M·G·K for each share. Limits: head size 1 to 256, the same for q, k and v; rows and channels lie less than 2^23
+elements apart (a cotangent of which they do not is copied); double backward raises.
 
 Sources of the ideas: online softmax (Milakov and Gimelshein 2018), FlashAttention-2 (Dao 2023) for the
 two-kernel backward and the loop order, gpt-oss for sinks; base-2 exponentials throughout.
@@ -64,6 +66,7 @@ from .attention_tiles import (
     put,
     reader,
     scores,
+    shares,
     statistic,
     tile,
 )
@@ -335,17 +338,20 @@ def _dkdv(
     q_n, q_h, q_k, k_m, k_g, k_k, v_m, v_g, v_k, do_n, do_h, do_k, dk_m, dk_g, dv_m, dv_g, inner, outer, scale, window,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
-    CAUSAL: tl.constexpr, NEGATE: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr,
+    CAUSAL: tl.constexpr, NEGATE: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv (either may be None) of BN key rows of one key head: loops over its query heads and the rows
-    that see it. With ADD they are added to what is there.
+    that see it. With ADD they are added to what is there. With SHARES the query heads are divided over that many
+    programs, each of which writes a part of its own; ``_sum_shares`` adds them.
 
     Scores are computed transposed, K·Qᵀ, so that Pᵀ and dSᵀ are results of a product as they stand:
     transposing a result serialises Hopper's matrix units and was miscompiled by several Triton versions.
     """
     W2: tl.constexpr = K2 if K2 > 0 else 16
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
-    program = tl.program_id(0)
+    EACH: tl.constexpr = (GROUP + SHARES - 1) // SHARES
+    share = tl.program_id(0) % SHARES
+    program = tl.program_id(0) // SHARES
     group = program % GROUPS
     n = program // GROUPS * BN
     c = tl.arange(0, BN)
@@ -374,7 +380,7 @@ def _dkdv(
     dk, dv = tl.zeros((BN, K1), tl.float32), tl.zeros((BN, K1), tl.float32)
     dk2, dv2 = tl.zeros((BN, W2), tl.float32), tl.zeros((BN, W2), tl.float32)
     dk_lost, dv_lost, dk2_lost, dv2_lost = dk, dv, dk2, dv2
-    for member in tl.range(0, GROUP):
+    for member in tl.range(share * EACH, tl.minimum(share * EACH + EACH, GROUP)):
         head = group * GROUP + member
         for masked in tl.static_range(1, -1, -1):
             for j in tl.range(0, partial if masked else full):
@@ -409,16 +415,35 @@ def _dkdv(
 
     if ADD:
         ok = ok & (lo < hi)  # nothing is added to keys that no query sees
+    row = n.to(tl.int64) + share.to(tl.int64) * M
     if DV is not None:
-        at, offset = n.to(tl.int64) * dv_m + group.to(tl.int64) * dv_g, c * dv_m
+        at, offset = row * dv_m + group.to(tl.int64) * dv_g, c * dv_m
         put(DV + at, offset, ok, dv, HEAD, 0, K1, ADD)
         if K2 > 0:
             put(DV + at, offset, ok, dv2, HEAD, K1, K2, ADD)
     if DK is not None:
-        at, offset = n.to(tl.int64) * dk_m + group.to(tl.int64) * dk_g, c * dk_m
+        at, offset = row * dk_m + group.to(tl.int64) * dk_g, c * dk_m
         put(DK + at, offset, ok, dk * scale, HEAD, 0, K1, ADD)
         if K2 > 0:
             put(DK + at, offset, ok, dk2 * scale, HEAD, K1, K2, ADD)
+
+
+@triton.jit
+def _sum_shares(
+    PARTS, OUT, M, out_m, out_g,
+    GROUPS: tl.constexpr, SHARES: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    """B rows of one head of dk or dv from its parts (SHARES, M, GROUPS, HEAD), in their order."""
+    n, group = tl.program_id(0).to(tl.int64) * B, tl.program_id(1).to(tl.int64)
+    r, channel = tl.arange(0, B), tl.arange(0, WIDTH)
+    ok = n + r < M
+    total = tl.zeros((B, WIDTH), tl.float32)
+    for share in tl.static_range(SHARES):
+        at = ((share * M.to(tl.int64) + n) * GROUPS + group) * HEAD
+        part = PARTS + at + (r * (GROUPS * HEAD))[:, None] + channel[None, :]
+        total += tl.load(part, mask=ok[:, None] & (channel < HEAD)[None, :], other=0.0)
+    put(OUT + n * out_m + group * out_g, r * out_m, ok, total, HEAD, 0, WIDTH, ADD)
 
 
 @triton.jit(do_not_specialize=["inner", "outer", "scale"])
@@ -619,20 +644,33 @@ def attention_bwd(
             inner, outer, scale, window, H, group, K, *pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
             tma, **tiles.options(),
         )  # fmt: skip
+    # Where blocks of keys do not fill the machine, several programs have a share of the query heads each.
+    tiles = launch.dkdv
+    keys = attention_hopper_bwd.TABLE[K].keys if fused else tiles.keys
+    count = shares(device.cdiv(M, keys) * G, group, device.sms(where))
+    made, adds = (dk, dv), add
+    if count > 1:
+        empty = functools.partial(torch.empty, (count, M, G, K), dtype=torch.float32, device=where)
+        made, adds = (None if dk is None else empty(), None if dv is None else empty()), False
     if fused:
         assert dq is not None and dk is not None and dv is not None
         attention_hopper_bwd.backward(
-            q, k, v, do, lse_h, delta, dq, dk, dv, q_segments, kv_segments, inner=-inner if scale < 0 else inner,
-            outer=outer, scale=scale, causal=causal, window=window, add=add,
+            q, k, v, do, lse_h, delta, dq, *made, q_segments, kv_segments, inner=-inner if scale < 0 else inner,
+            outer=outer, scale=scale, causal=causal, window=window, add=adds, shares=count,
         )  # fmt: skip
     elif dk is not None or dv is not None:
-        tiles = launch.dkdv
         device.launch(
-            _dkdv, (device.cdiv(M, tiles.keys) * G,), q, k, v, do, lse_h, delta, P, dk, dv, *segments, *strides,
-            *((0, 0) if dk is None else dk.stride()[:2]), *((0, 0) if dv is None else dv.stride()[:2]),
+            _dkdv, (device.cdiv(M, tiles.keys) * G * count,), q, k, v, do, lse_h, delta, P, *made, *segments, *strides,
+            *(n for d in made for n in ((0, 0) if d is None else d.stride()[-3:-1])),
             inner, outer, scale, window, G, group, K, *pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
-            tma, add, **tiles.options(),
+            tma, adds, count, **tiles.options(),
         )  # fmt: skip
+    for d, part in zip((dk, dv), made, strict=True) if count > 1 else ():
+        if d is not None:
+            device.launch(
+                _sum_shares, (device.cdiv(M, 16), G), part, d, M, *d.stride()[:2],
+                G, count, K, device.next_power_of_2(K), 16, add, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
     dsinks = ABSENT
     if parts is not None:
         dsinks = torch.empty_like(sinks)

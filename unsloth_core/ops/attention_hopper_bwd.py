@@ -9,7 +9,9 @@ every step adds a tile of dq to a sum in global memory, fp32.
 says, its turn; nothing is added in the order of arrival. The first block writes, so nothing is cleared before.
 Programs start in the order of n, and wait for smaller n only: no deadlock. All walk their queries from the last to the
 first, and all query heads of a tile before the next tile, so that under a causal mask, where block n stops at its
-diagonal, neighbours stay one turn apart and seldom wait. A second kernel turns the sum into dq. Same inputs, same bits.
+diagonal, neighbours stay one turn apart and seldom wait. With a window neighbours start apart instead and meet a tile
+at different times: there it is all tiles of a head before the next head, so that q, do and the sum are still in L2 when
+the neighbour comes. A second kernel turns the sum into dq. Same inputs, same bits.
 
 *The pipeline.* One warp copies tiles of q, do, lse and Δ into shared memory, some steps ahead. Two warpgroups compute:
 S and dP are begun at once; P while dP runs; Pᵀ·do begins; dS while that runs; dS goes to shared memory, where the other
@@ -155,6 +157,26 @@ def _pass_turn(pointer, turn):
 
 
 @jit
+def _steps(lo, hi, heads, HEADS: gl.constexpr):
+    """How many there are: a tile of queries and a head each. ``heads`` of them if HEADS is 0."""
+    if HEADS > 0:
+        return HEADS * (hi - lo)
+    else:
+        return heads * (hi - lo)
+
+
+@jit
+def _step(t, lo, hi, heads, HEADS: gl.constexpr, BY_HEAD: gl.constexpr):
+    """The tile of queries that step t of a block is about, and which of its heads."""
+    if BY_HEAD:
+        return hi - 1 - t % (hi - lo), t // (hi - lo)
+    elif HEADS > 0:
+        return hi - 1 - t // HEADS, t % HEADS
+    else:
+        return hi - 1 - t // heads, t % heads
+
+
+@jit
 def _await_post(posted, x):
     """Until part x of dq has been posted, in the order of steps and parts; nothing if x is negative."""
     y = gl.maximum(x, 0)
@@ -164,21 +186,22 @@ def _await_post(posted, x):
 @jit
 def _copy(
     args,
-    GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr,
-    PARTS: gl.constexpr, SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
+    HEADS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr,
+    PARTS: gl.constexpr, SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr, BY_HEAD: gl.constexpr,
 ):  # fmt: skip
     """One warp: k and v, then q with lse and do with Δ of step after step, as far ahead as there are slots."""
     (q_from, q_from2, do_from, do_from2, k_from, k_from2, v_from, v_from2, lse_from, delta_from,
      q_s, q_s2, do_s, do_s2, k_s, k_s2, v_s, v_s2, lse_s, delta_s, kv_full, q_full, do_full, posted,
-     n, group, lo, hi, q_h, do_h, k_g, v_g) = args  # fmt: skip
+     n, group, head_0, heads, lo, hi, q_h, do_h, k_g, v_g) = args  # fmt: skip
     mbarrier.expect(kv_full, 4 * BN * (K1 + K2))
     load(k_from, [n * BN, group * k_g], kv_full, k_s)
     load(v_from, [n * BN, group * v_g], kv_full, v_s)
     if K2 > 0:
         load(k_from2, [n * BN, group * k_g + K1], kv_full, k_s2)
         load(v_from2, [n * BN, group * v_g + K1], kv_full, v_s2)
-    for t in range(GROUP * (hi - lo)):
-        row, head = (hi - 1 - t // GROUP) * BM, group * GROUP + t % GROUP
+    for t in range(_steps(lo, hi, heads, HEADS)):
+        m, member = _step(t, lo, hi, heads, HEADS, BY_HEAD)
+        row, head = m * BM, head_0 + member
         i = t % SLOTS
         full = q_full.index(i)
         _await_post(posted, t - SLOTS + 1 if PARTS == 1 else 2 * (t - SLOTS) + 1)
@@ -200,17 +223,17 @@ def _copy(
 @jit
 def _add(
     args,
-    GROUP: gl.constexpr, BM: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr, PARTS: gl.constexpr, W: gl.constexpr,
-    WHO: gl.constexpr,
+    HEADS: gl.constexpr, BM: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr, PARTS: gl.constexpr, W: gl.constexpr,
+    BY_HEAD: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
     """One warp of ADDERS: every ADDERS-th part of a tile of dq goes from shared memory to the sum in global memory, by
     the copy engine, when its turn has come: written by the first block of keys, added by the others."""
-    (sum_to, sum_to2, dq_s, dq_s2, posted, dq_empty, TURNS, FIRST, tiles, n, group, lo, hi) = args  # fmt: skip
-    for u in range((GROUP * (hi - lo) * PARTS + ADDERS - 1 - WHO) // ADDERS):
+    (sum_to, sum_to2, dq_s, dq_s2, posted, dq_empty, TURNS, FIRST, tiles, n, head_0, heads, lo, hi) = args  # fmt: skip
+    for u in range((_steps(lo, hi, heads, HEADS) * PARTS + ADDERS - 1 - WHO) // ADDERS):
         x = u * ADDERS + WHO
         part, t = x % PARTS, x // PARTS
-        m = hi - 1 - t // GROUP
-        tile = (group * GROUP + t % GROUP) * tiles + m
+        m, member = _step(t, lo, hi, heads, HEADS, BY_HEAD)
+        tile = (head_0 + member) * tiles + m
         place = TURNS + tile * PARTS + part
         turn = n - gl.load(FIRST + m)
         mbarrier.wait(posted.index(WHO), u & 1)
@@ -264,13 +287,13 @@ def _visible(x, m, lo, hi, BM: gl.constexpr, layout: gl.constexpr):
 
 
 @jit
-def _put(x, base, row_stride, head_stride, n, group, M, FIRST: gl.constexpr, BN: gl.constexpr, K: gl.constexpr,
+def _put(x, base, row_stride, head_stride, n, group, share, M, FIRST: gl.constexpr, BN: gl.constexpr, K: gl.constexpr,
          ADD: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    """Rows of dk or dv, channels [FIRST, FIRST + K)."""
+    """Rows of dk or dv, or of a share's part of them, channels [FIRST, FIRST + K)."""
     row = n * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, layout))
     channel = FIRST + gl.arange(0, K, layout=gl.SliceLayout(0, layout))
     ok = (row < M)[:, None] & (channel >= 0)[None, :]
-    at = group.to(gl.int64) * head_stride + row.to(gl.int64) * row_stride
+    at = group.to(gl.int64) * head_stride + (share.to(gl.int64) * M + row) * row_stride
     pointer = base + at[:, None] + channel[None, :]
     if ADD:
         x += gl.load(pointer, mask=ok, other=0.0).to(gl.float32)
@@ -280,14 +303,14 @@ def _put(x, base, row_stride, head_stride, n, group, M, FIRST: gl.constexpr, BN:
 @jit
 def _math(
     args,
-    GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, K1: gl.constexpr, SLOTS: gl.constexpr,
+    HEADS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, K1: gl.constexpr, SLOTS: gl.constexpr,
     DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr, HELD: gl.constexpr,
-    K2: gl.constexpr,
+    K2: gl.constexpr, BY_HEAD: gl.constexpr,
 ):  # fmt: skip
     """Two warpgroups, each with half of the keys: all products of heads up to 128."""
     (q_s, q_s2, do_s, do_s2, k_s, k_s2, v_s, v_s2, lse_s, delta_s, ds_s, dq_s, dq_s2,
      kv_full, q_full, do_full, posted, dq_empty,
-     DK, DV, LO, HI, M, n, group, lo, whole_lo, whole_hi, hi, inner, outer, scale,
+     DK, DV, LO, HI, M, n, group, share, heads, lo, whole_lo, whole_hi, hi, inner, outer, scale,
      dk_m, dk_g, dv_m, dv_g) = args  # fmt: skip
     dtype: gl.constexpr = q_s.dtype
     R2: gl.constexpr = K2 if K2 > 0 else 16
@@ -317,10 +340,10 @@ def _math(
         k = k_s.load(gl.DotOperandLayout(0, s_layout, 2))
         if K2 > 0:
             k2 = k_s2.load(gl.DotOperandLayout(0, s_layout, 2))
-    for t in range(GROUP * (hi - lo)):
+    for t in range(_steps(lo, hi, heads, HEADS)):
         i, d = t % SLOTS, t % DO_SLOTS
         q, do, q2, do2 = q_s.index(i), do_s.index(d), q_s2.index(i), do_s2.index(d)
-        m = hi - 1 - t // GROUP
+        m, _ = _step(t, lo, hi, heads, HEADS, BY_HEAD)
         mbarrier.wait(q_full.index(i), (t // SLOTS) & 1)
         s_begun = _scores(k, k2, q, q2, zero, K2)
         mbarrier.wait(do_full.index(d), (t // DO_SLOTS) & 1)
@@ -370,24 +393,24 @@ def _math(
             dk, dk2, ds16 = warpgroup_mma_wait(0, deps=(dk_begun, dk_begun2, ds16))
         else:
             dk, ds16 = warpgroup_mma_wait(0, deps=(dk_begun, ds16))
-    _put(dk * scale, DK, dk_m, dk_g, n, group, M, 0, BN, K1, ADD, layout)
-    _put(dv, DV, dv_m, dv_g, n, group, M, 0, BN, K1, ADD, layout)
+    _put(dk * scale, DK, dk_m, dk_g, n, group, share, M, 0, BN, K1, ADD, layout)
+    _put(dv, DV, dv_m, dv_g, n, group, share, M, 0, BN, K1, ADD, layout)
     if K2 > 0:
-        _put(dk2 * scale, DK, dk_m, dk_g, n, group, M, K1, BN, K2, ADD, layout2)
-        _put(dv2, DV, dv_m, dv_g, n, group, M, K1, BN, K2, ADD, layout2)
+        _put(dk2 * scale, DK, dk_m, dk_g, n, group, share, M, K1, BN, K2, ADD, layout2)
+        _put(dv2, DV, dv_m, dv_g, n, group, share, M, K1, BN, K2, ADD, layout2)
 
 
 @jit
 def _math_wide(
     args,
-    GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr,
-    DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr, W: gl.constexpr,
+    HEADS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr,
+    DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr, W: gl.constexpr, BY_HEAD: gl.constexpr,
 ):  # fmt: skip
     """Two warpgroups, each with half of the channels of dk, dv and dq, and half of the queries of a tile of scores: P
     and dS therefore change hands in shared memory. dq goes in two parts of W channels."""
     (q_s, do_s, k_s, v_s, lse_s, delta_s, p_s, ds_s, dq_s,
      kv_full, q_full, do_full, posted, dq_empty,
-     DK, DV, LO, HI, M, n, group, lo, whole_lo, whole_hi, hi, inner, outer, scale,
+     DK, DV, LO, HI, M, n, group, share, heads, lo, whole_lo, whole_hi, hi, inner, outer, scale,
      dk_m, dk_g, dv_m, dv_g) = args  # fmt: skip
     dtype: gl.constexpr = q_s.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BM // 2, 16])
@@ -400,10 +423,10 @@ def _math_wide(
     dk, dv = gl.full([BN, K], 0.0, gl.float32, layout), gl.full([BN, K], 0.0, gl.float32, layout)
     zero, dq_zero = gl.full([BN, BM], 0.0, gl.float32, s_layout), gl.full([BM, W], 0.0, gl.float32, dq_layout)
     mbarrier.wait(kv_full, 0)
-    for t in range(GROUP * (hi - lo)):
+    for t in range(_steps(lo, hi, heads, HEADS)):
         i, d = t % SLOTS, t % DO_SLOTS
         q, do = q_s.index(i), do_s.index(d)
-        m = hi - 1 - t // GROUP
+        m, _ = _step(t, lo, hi, heads, HEADS, BY_HEAD)
         mbarrier.wait(q_full.index(i), (t // SLOTS) & 1)
         s_begun = _scores(k_s, k_s, q, q, zero, 0)
         mbarrier.wait(do_full.index(d), (t // DO_SLOTS) & 1)
@@ -443,8 +466,8 @@ def _math_wide(
         fence_async_shared()
         barrier()
         mbarrier.arrive(posted.index((2 * t + 1) % ADDERS), count=1)
-    _put(dk * scale, DK, dk_m, dk_g, n, group, M, 0, BN, K, ADD, layout)
-    _put(dv, DV, dv_m, dv_g, n, group, M, 0, BN, K, ADD, layout)
+    _put(dk * scale, DK, dk_m, dk_g, n, group, share, M, 0, BN, K, ADD, layout)
+    _put(dv, DV, dv_m, dv_g, n, group, share, M, 0, BN, K, ADD, layout)
 
 
 # ---- the kernel
@@ -474,15 +497,21 @@ def _backward(
     inner, outer, scale,
     GROUP: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr,
-    HELD: gl.constexpr, BF16: gl.constexpr,
+    HELD: gl.constexpr, BY_HEAD: gl.constexpr, BF16: gl.constexpr, SHARES: gl.constexpr,
 ):  # fmt: skip
-    """A block of BN keys of one key head. The first blocks, which most queries see under a causal mask, go first."""
+    """A block of BN keys of one key head, and all of its query heads or a share of them. The first blocks, which most
+    queries see under a causal mask, go first."""
     dtype: gl.constexpr = q_from.dtype
     gl.static_assert((dtype == gl.bfloat16) == BF16)  # BF16 is for the launcher, to which all descriptors are alike
     HEAD: gl.constexpr = K1 + K2
     PARTS: gl.constexpr = 2 if HEAD > 128 else 1
     W: gl.constexpr = K1 // PARTS
-    group, n = gl.program_id(0) % GROUPS, gl.program_id(0) // GROUPS
+    share, program = gl.program_id(0) % SHARES, gl.program_id(0) // SHARES
+    group, n = program % GROUPS, program // GROUPS
+    EACH: gl.constexpr = (GROUP + SHARES - 1) // SHARES
+    HEADS: gl.constexpr = GROUP if SHARES == 1 else 0
+    head_0 = group * GROUP + share * EACH
+    heads = gl.minimum(GROUP - share * EACH, EACH)
 
     # The tiles of queries [lo, hi) meet this block; of these, [whole_lo, whole_hi) see all of it.
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
@@ -517,23 +546,24 @@ def _backward(
     copy = (
         q_from, q_from2, do_from, do_from2, k_from, k_from2, v_from, v_from2, lse_from, delta_from,
         q_s, q_s2, do_s, do_s2, k_s, k_s2, v_s, v_s2, lse_s, delta_s, kv_full, q_full, do_full, posted,
-        n, group, lo, hi, q_h, do_h, k_g, v_g,
+        n, group, head_0, heads, lo, hi, q_h, do_h, k_g, v_g,
     )  # fmt: skip
-    add = (sum_to, sum_to2, dq_s, dq_s2, posted, dq_empty, TURNS, FIRST, tiles, n, group, lo, hi)
+    add = (sum_to, sum_to2, dq_s, dq_s2, posted, dq_empty, TURNS, FIRST, tiles, n, head_0, heads, lo, hi)
     math = (
         kv_full, q_full, do_full, posted, dq_empty,
-        DK, DV, LO, HI, M, n, group, lo, whole_lo, whole_hi, hi, inner, outer, scale, dk_m, dk_g, dv_m, dv_g,
+        DK, DV, LO, HI, M, n, group, share, heads, lo, whole_lo, whole_hi, hi, inner, outer, scale,
+        dk_m, dk_g, dv_m, dv_g,
     )  # fmt: skip
     if HEAD > 128:
         p_s = _tile(BN, BM, dtype, 0)
         wide = (q_s, do_s, k_s, v_s, lse_s, delta_s, p_s, ds_s, dq_s) + math
         gl.warp_specialize(
             [
-                (_math_wide, (wide, GROUP, BM, BN, K1, SLOTS, DO_SLOTS, ADD, SOFTCAP, W)),
-                (_copy, (copy, GROUP, BM, BN, K1, K2, PARTS, SLOTS, DO_SLOTS)),
-                (_add, (add, GROUP, BM, K1, K2, PARTS, W, 0)),
-                (_add, (add, GROUP, BM, K1, K2, PARTS, W, 1)),
-                (_add, (add, GROUP, BM, K1, K2, PARTS, W, 2)),
+                (_math_wide, (wide, HEADS, BM, BN, K1, SLOTS, DO_SLOTS, ADD, SOFTCAP, W, BY_HEAD)),
+                (_copy, (copy, HEADS, BM, BN, K1, K2, PARTS, SLOTS, DO_SLOTS, BY_HEAD)),
+                (_add, (add, HEADS, BM, K1, K2, PARTS, W, BY_HEAD, 0)),
+                (_add, (add, HEADS, BM, K1, K2, PARTS, W, BY_HEAD, 1)),
+                (_add, (add, HEADS, BM, K1, K2, PARTS, W, BY_HEAD, 2)),
             ],
             [1, 1, 1, 1], [24, 24, 24, 24],
         )  # fmt: skip
@@ -541,11 +571,11 @@ def _backward(
         narrow = (q_s, q_s2, do_s, do_s2, k_s, k_s2, v_s, v_s2, lse_s, delta_s, ds_s, dq_s, dq_s2) + math
         gl.warp_specialize(
             [
-                (_math, (narrow, GROUP, BM, BN, K1, SLOTS, DO_SLOTS, ADD, SOFTCAP, HELD, K2)),
-                (_copy, (copy, GROUP, BM, BN, K1, K2, PARTS, SLOTS, DO_SLOTS)),
-                (_add, (add, GROUP, BM, K1, K2, PARTS, W, 0)),
-                (_add, (add, GROUP, BM, K1, K2, PARTS, W, 1)),
-                (_add, (add, GROUP, BM, K1, K2, PARTS, W, 2)),
+                (_math, (narrow, HEADS, BM, BN, K1, SLOTS, DO_SLOTS, ADD, SOFTCAP, HELD, K2, BY_HEAD)),
+                (_copy, (copy, HEADS, BM, BN, K1, K2, PARTS, SLOTS, DO_SLOTS, BY_HEAD)),
+                (_add, (add, HEADS, BM, K1, K2, PARTS, W, BY_HEAD, 0)),
+                (_add, (add, HEADS, BM, K1, K2, PARTS, W, BY_HEAD, 1)),
+                (_add, (add, HEADS, BM, K1, K2, PARTS, W, BY_HEAD, 2)),
             ],
             [1, 1, 1, 1], [24, 24, 24, 24],
         )  # fmt: skip
@@ -603,8 +633,10 @@ def backward(
     causal: bool,
     window: int | None,
     add: bool,
+    shares: int,
 ) -> None:
-    """Writes dq (N, H, K), dk and dv (M, G, K), whose channels are contiguous, in whatever dtype they have.
+    """Writes dq (N, H, K), dk and dv (M, G, K), whose channels are contiguous, in whatever dtype they have; or, if
+    the query heads of a key head are divided into ``shares``, dk and dv of each share, (shares, M, G, K).
 
     ``lse_HP`` (natural, +inf for rows that see nothing; changed to base 2) and ``delta_HP``: fp32, P at least N rounded
     up to 128. ``inner`` times q·k, or outer·tanh of that, are the scores. With ``add``, dk and dv are added to what is
@@ -627,15 +659,15 @@ def backward(
     each = [(q, tiles.queries), (do, tiles.queries), (k, tiles.keys), (v, tiles.keys)]
     sum_ND = sums.flatten(0, 1)
     device.launch(
-        _backward, (blocks * G,), *(_descriptor(t, t.shape[1], rows, K1) for t, rows in each),
+        _backward, (blocks * G * shares,), *(_descriptor(t, t.shape[1], rows, K1) for t, rows in each),
         _descriptor(sum_ND, 1, tiles.queries, K1 // parts),
         *(_descriptor(t, 1, 1, tiles.queries) for t in (lse_HP, delta_HP)),
         *((_descriptor(t, t.shape[1], rows, K2) if K2 else None) for t, rows in each),
         _descriptor(sum_ND, 1, tiles.queries, K2) if K2 else None,
         dk, dv, lo, hi, first, last, turns, rows, M, G, q.stride(1), do.stride(1), k.stride(1), v.stride(1),
-        *dk.stride()[:2], *dv.stride()[:2], inner * factor, LOG2E * (outer or 0.0), scale,
+        *dk.stride()[-3:-1], *dv.stride()[-3:-1], inner * factor, LOG2E * (outer or 0.0), scale,
         H // G, K1, K2, tiles.queries, tiles.keys, tiles.slots, tiles.do_slots, add,
-        outer is not None, tiles.held, q.dtype == torch.bfloat16,
+        outer is not None, tiles.held, window is not None, q.dtype == torch.bfloat16, shares,
         num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     device.launch(

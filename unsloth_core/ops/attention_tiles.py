@@ -177,6 +177,15 @@ def pieces(K: int) -> tuple[int, int]:
     return (whole // 2, rest) if K > 32 and whole // 2 + rest < whole else (whole, 0)
 
 
+def shares(programs: int, group: int, sms: int) -> int:
+    """Over how many programs the query heads of a key head are divided when dk and dv are computed: 1 where the
+    ``programs`` that there would be fill the machine, else enough to fill it twice, or one for each head."""
+    if programs >= sms:
+        return 1
+    each = device.cdiv(group, min(group, device.cdiv(2 * sms, max(programs, 1))))
+    return device.cdiv(group, each)
+
+
 def far_apart(t: Tensor) -> bool:
     """Whether rows or channels are too far apart for offsets inside a tile, which are 32-bit."""
     return any(t.shape[i] > 1 and t.stride(i) >= 2**23 for i in (0, 2))
