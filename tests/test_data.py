@@ -92,7 +92,7 @@ def check_batch(batch):
     previous = 0
     for s, (a, b) in enumerate(zip(batch.segments.starts_S.tolist(), batch.segments.ends_S.tolist())):
         assert a == previous and a <= b and b - a <= batch.max_len
-        assert batch.positions_N[a:b].tolist() == list(range(b - a))
+        assert batch.positions_N[a:b].tolist() == [i % batch.max_position for i in range(b - a)]
         segment[a:b], previous = s, b
     assert previous == N and int(batch.positions_N.max()) < batch.max_position
     rows, targets = batch.target_rows_M.tolist(), batch.targets_M.tolist()
@@ -116,6 +116,14 @@ def test_a_batch_says_what_its_examples_say(examples, spare):
     expected = [(ids, [False, *mask[1:]]) for ids, mask in pairs]
     filler = [([0] * spare, [False] * spare)] if spare else []
     assert segments_of(batch) == expected + filler
+
+
+def test_positions_and_their_bound_are_the_examples_not_the_fillers():
+    """Or a long filler would change how a batch's examples turn, where that depends on the longest sequence."""
+    examples = [(list(range(70)), None), ([1, 2, 3], None)]
+    batches = [data.Batch.of(examples, vocab_size=100, tokens=tokens) for tokens in (None, 1000)]
+    assert [batch.max_position for batch in batches] == [73, 128] and [batch.max_len for batch in batches] == [73, 1000]
+    assert int(batches[1].positions_N.max()) == 127 and batches[1].positions_N[73:75].tolist() == [0, 1]
 
 
 @given(B=st.integers(1, 4), T=st.integers(1, 70), masked=st.booleans(), seed=st.integers(0, 99))

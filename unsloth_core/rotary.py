@@ -227,8 +227,9 @@ class Rotary:
         """``(cos_NJ, sin_NJ)``, each (N, J), on the device of ``positions_N`` (N,), int32 or int64.
 
         ``max_position``: the largest position of the batch, on the host. Dynamic and longrope choose their
-        frequencies by it, once for the whole batch; the other types ignore it. ``dtype=torch.float64`` is for
-        tests.
+        frequencies by it, once for the whole batch; the other types ignore it. In training it is a bound, a
+        power of two less one: the same choice for longrope, whose contexts are powers of two, and for dynamic up
+        to its context. ``dtype=torch.float64`` is for tests.
         """
         if positions_N.ndim != 1:
             raise ValueError(f"rotary: positions have shape {tuple(positions_N.shape)}, expected (N,)")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oprule import DEVICE, assert_op_rule
 from safetensors.torch import save_file
-from tiny import VERSIONS, checkpoint_of, judge, longrope, on_disk, ours
+from tiny import LLAMA3, VERSIONS, YARN, checkpoint_of, judge, longrope, on_disk, ours
 
 from unsloth_core import backend, hub, lora, random, tree
 from unsloth_core.autodiff import RECOMPUTE, SAVE, value_and_grad
@@ -121,30 +121,52 @@ SHAPES = st.builds(
     vocab=st.sampled_from([5, 97, 130]),
 )  # fmt: skip
 LAYER_TYPES = st.lists(st.sampled_from(["sliding_attention", "full_attention"]), min_size=2, max_size=2)
-
-
-@settings(max_examples=8)
-@given(shapes=SHAPES, bias=st.booleans(), rope=st.sampled_from(["default", "linear", "dynamic"]))
-def test_llama_of_any_shape(shapes, bias, rope):
-    scaling = {"rope_type": rope, "rope_theta": 10000.0, **({} if rope == "default" else {"factor": 2.0})}
-    hf = judge("llama", attention_bias=bias, mlp_bias=bias, rope_parameters=scaling, **shapes)
-    assert_conforms(hf, "reference")
-
-
-@settings(max_examples=8)
-@given(shapes=SHAPES, window=st.sampled_from([None, 1, 3, 11, 60]), kinds=LAYER_TYPES)
-def test_mistral_of_any_shape(shapes, window, kinds):
-    layers = {"layer_types": kinds} if window else {}
-    assert_conforms(judge("ministral" if window else "mistral", sliding_window=window, **layers, **shapes), "reference")
+ROPES = st.sampled_from(
+    [
+        {"rope_type": "default", "rope_theta": 500.0},
+        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+        {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        LLAMA3,
+        {**LLAMA3, "rope_theta": 100.0, "high_freq_factor": 2.0},
+        YARN,
+        {**YARN, "rope_theta": 50.0, "beta_fast": 4.0, "beta_slow": 0.5, "attention_factor": 1.3},
+        {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False},
+    ]
+)
 
 
 @settings(max_examples=12)
-@given(SHAPES, st.sampled_from(["qwen2", "qwen3"]), st.sampled_from([None, 1, 3, 60]), LAYER_TYPES)
-def test_qwen_of_any_shape(shapes, kind, window, kinds):
+@given(shapes=SHAPES, bias=st.booleans(), rope=ROPES)
+def test_llama_of_any_shape(shapes, bias, rope):
+    assert_conforms(judge("llama", attention_bias=bias, mlp_bias=bias, rope_parameters=rope, **shapes), "reference")
+
+
+@pytest.mark.parametrize("version", ["llama-3", "mistral-7b-v0.3", "qwen3"])
+def test_dynamic_rope_past_the_context(version):
+    """Logits: for a loss the batch's bound on its longest sequence decides, a power of two."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    hf = make(version, rope_parameters=rope, max_position_embeddings=8)
+    model, params = ours(hf)
+    ids = tokens(hf)
+    with torch.no_grad():
+        theirs, exact = hf(ids).logits, copy.deepcopy(hf).double()(ids).logits
+    assert_op_rule(model.logits(params, ids), theirs, exact, "logits", FACTOR)
+
+
+@settings(max_examples=12)
+@given(shapes=SHAPES, window=st.sampled_from([None, 1, 3, 11, 60]), kinds=LAYER_TYPES, rope=ROPES)
+def test_mistral_of_any_shape(shapes, window, kinds, rope):
+    more = {"sliding_window": window, "rope_parameters": rope, **({"layer_types": kinds} if window else {})}
+    assert_conforms(judge("ministral" if window else "mistral", **more, **shapes), "reference")
+
+
+@settings(max_examples=16)
+@given(SHAPES, st.sampled_from(["qwen2", "qwen3"]), st.sampled_from([None, 1, 3, 60]), LAYER_TYPES, ROPES)
+def test_qwen_of_any_shape(shapes, kind, window, kinds, rope):
     layers = {"use_sliding_window": True, "sliding_window": window, "layer_types": kinds} if window else {}
     if kind == "qwen2":  # a head there is as wide as the stream divided by the heads
         shapes = {**shapes, "hidden_size": shapes["head_dim"] * shapes["num_attention_heads"]}
-    assert_conforms(judge(kind, **layers, **shapes), "reference")
+    assert_conforms(judge(kind, rope_parameters=rope, **layers, **shapes), "reference")
 
 
 @settings(max_examples=10)

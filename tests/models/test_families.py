@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unsloth_core import backend, lora, optim, random, tree
 from unsloth_core.autodiff import SAVE, value_and_grad
-from unsloth_core.data import from_tokens
+from unsloth_core.data import Batch, from_tokens
 from unsloth_core.generate import generate, stream
 from unsloth_core.load import load, named_tensors, read_weights
 from unsloth_core.models import FAMILIES, family_of
@@ -150,6 +150,19 @@ def test_rotations_follow_the_length_of_now(version, prompt, tmp_path):
         pieces = "".join(stream(model, params, prompt, max_new_tokens=60))
     assert text == model.tokenizer.decode(out[0, ids.shape[1] :].tolist())
     assert pieces.startswith(text)
+
+
+def test_a_filler_longer_than_the_first_context_turns_nothing():
+    """longrope has another list of divisors for a batch that is longer: its examples are not."""
+    model_type, overrides = VERSIONS["phi-3.5-mini"]
+    model, params = ours(judge(model_type, **{**overrides, **longrope(6, original=64)}))
+    examples = [(tokens()[0].tolist(), None), (tokens()[1, :5].tolist(), None)]
+    batches = [Batch.of(examples, vocab_size=97, tokens=N).to(DEVICE) for N in (None, 64, 400)]
+    batches.append(dataclasses.replace(batches[0], max_position=65))
+    short, exact, long, other = (model.loss(params, batch)[0] for batch in batches)
+    for loss in (exact, long):
+        torch.testing.assert_close(loss, short, rtol=1e-5, atol=1e-5)
+    assert (other - short).abs() > 1e-3
 
 
 @pytest.mark.parametrize("version", [*SOME[:-1], "qwen3-moe"])  # PEFT takes no experts beside dense layers
