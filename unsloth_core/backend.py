@@ -45,8 +45,10 @@ def resolve(where: torch.Tensor | torch.device) -> str:
 
     Raises RuntimeError when Triton was demanded for the CPU of a process that was not started with TRITON_INTERPRET=1.
     """
-    device = where if isinstance(where, torch.device) else where.device
     name = _override.get()
+    if name is None and where.__class__ is torch.Tensor and where.is_cuda:  # type: ignore[union-attr]
+        return "triton"
+    device = where if isinstance(where, torch.device) else where.device
     if name is None:
         return by_device(device)
     if name == "triton" and device.type not in ("cuda", "meta") and not _device.interpreting():

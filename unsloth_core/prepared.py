@@ -76,7 +76,7 @@ def prepared(f: _F) -> _F:
                 kind.append(spec)
                 left += leaves[::-1]
         key = tuple(kind)
-        found = kinds.get(key)
+        found: Any = kinds.get(key)
         if found.__class__ is _Prepared and device.straight(found.index):
             return found(given)
         if found is _SEEN:
@@ -148,7 +148,7 @@ def _watched(f: Any, args: Any, given: list[Any], needs: Any, statics: Any) -> t
             places[id(t)], forms[i] = i, t
             returned.add(i)
     try:
-        again = [device.again(*launch, places) for launch in launches]
+        again = [device.again(kernel, grid, values, options, places) for kernel, grid, values, options in launches]
         pick = _picker(result, places)
     except KeyError:  # a tensor that is none of these, or a kernel that cannot be launched so
         return result, _NEVER

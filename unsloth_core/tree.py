@@ -186,9 +186,12 @@ def _flatten(tree: Tree, found: list[Any]) -> Spec:
 
 def unflatten(leaves_: Iterable[Any], spec: Spec) -> Tree:
     """The inverse of :func:`flatten`."""
-    if spec.flat and spec.num_leaves == len(spec.children):
+    if not spec.flat:
+        return _unflatten(spec, iter(leaves_))
+    if spec.num_leaves == len(spec.children):
         return tuple(leaves_)
-    return _unflatten(spec, iter(leaves_))
+    rest = iter(leaves_)
+    return tuple([next(rest) if child is _LEAF else ABSENT for child in spec.children])
 
 
 def _unflatten(spec: Spec, leaves_: Iterator[Any]) -> Tree:

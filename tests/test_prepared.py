@@ -1,0 +1,210 @@
+"""A prepared call gives what the function gives, bit for bit, and only where the contract lets it be prepared."""
+
+import inspect
+import sys
+
+import pytest
+import torch
+from oprule import DEVICE
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from unsloth_core import device, ops, prepared, tree
+from unsloth_core.tree import ABSENT
+from unsloth_core.weights import LoRA
+
+
+@pytest.fixture
+def uses(monkeypatch):
+    """Counts what ran without the function."""
+    counted = []
+    real = prepared._Prepared.__call__
+    monkeypatch.setattr(prepared._Prepared, "__call__", lambda self, given: (counted.append(1), real(self, given))[1])
+    return counted
+
+
+def rand(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def cos_sin(tokens, pairs):
+    return rand(tokens, pairs), rand(tokens, pairs)
+
+
+OPS = {  # name: (arguments, which want a gradient, statics)
+    "rms_norm": (lambda: (rand(5, 48), rand(48)), (0, 1), {"offset": 1.0}),
+    "rms_norm with add": (lambda: (rand(5, 48), rand(48), rand(5, 48)), (0, 2), {}),
+    "add_rms_norm": (lambda: (rand(5, 48), rand(5, 48), rand(48)), (0, 1, 2), {}),
+    "layer_norm": (lambda: (rand(5, 48), rand(48), rand(48)), (0, 1, 2), {}),
+    "softmax": (lambda: (rand(5, 48),), (0,), {}),
+    "gelu": (lambda: (rand(5, 48),), (0,), {}),
+    "glu": (lambda: (rand(5, 96),), (0,), {"act": "gelu_tanh"}),
+    "rope": (lambda: (*rand(5, 6, 16).split((4, 2), 1), *cos_sin(5, 8)), (0, 1), {}),
+    "qk_norm_rope": (lambda: (rand(5, 4, 16), rand(5, 2, 16), rand(16), rand(16), *cos_sin(5, 8)), (0, 1, 2, 3), {}),
+    "cross_entropy": (lambda: (rand(5, 48), torch.arange(5, device=DEVICE)), (0,), {"z_loss": 0.1}),
+    "dropout": (lambda: (rand(5, 48), torch.tensor([1, 2], device=DEVICE)), (0,), {"p": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_later_calls_give_the_bits_of_the_function(name, uses):
+    make, wanted, statics = OPS[name]
+    op = getattr(ops, name.split()[0])
+    for repeat in range(4):
+        args = make()
+        inputs = [a.detach().requires_grad_() if i in wanted else a for i, a in enumerate(args)]
+        out = op(*inputs, **statics)
+        outs = out if isinstance(out, tuple) else (out,)
+        cotangents = [torch.randn_like(o) for o in outs]
+        got = torch.autograd.grad(outs, [inputs[i] for i in wanted], cotangents)
+        assert len(uses) == max(0, 2 * (repeat - 1)), "neither the first call nor the second, then all"
+
+        file = sys.modules[op.__module__]
+        fwd, bwd = (inspect.unwrap(getattr(file, f"{op.__name__}_{half}")) for half in ("fwd", "bwd"))
+        arity = len([p for p in inspect.signature(fwd).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD])
+        args += (ABSENT,) * (arity - len(args))
+        needs = tuple(ABSENT if a is ABSENT else i in wanted for i, a in enumerate(args))
+        plain, residuals = fwd(*args, needs=needs, **statics)
+        given = tuple(cotangents) if isinstance(plain, tuple) else cotangents[0]
+        gradients = [g for g in bwd(residuals, given, needs=needs, **statics) if g is not ABSENT]
+        for ours, theirs in zip((*outs, *got), (*tree.leaves(plain), *gradients), strict=True):
+            assert torch.equal(ours, theirs) and ours.stride() == theirs.stride() and ours.dtype == theirs.dtype
+
+
+def test_kinds_are_told_apart(uses):
+    """Shapes, strides, dtypes, statics, needs and holes; all in turn, each three times, with fresh numbers."""
+    w = rand(48)
+    kinds = [
+        (lambda: (rand(5, 48), w), {}),
+        (lambda: (rand(4, 48), w), {}),
+        (lambda: (rand(5, 64)[:, :48], w), {}),
+        (lambda: (rand(2, 3, 48), w), {}),
+        (lambda: (rand(5, 48, dtype=torch.bfloat16), w), {}),
+        (lambda: (rand(5, 48), w.to(torch.bfloat16)), {}),
+        (lambda: (rand(5 * 48 + 1)[1:].view(5, 48), w), {}),
+        (lambda: (rand(5, 48), w), {"eps": 0.1}),
+        (lambda: (rand(5, 48), w), {"offset": 0.1}),
+        (lambda: (rand(5, 48), w, rand(5, 48)), {}),
+        (lambda: (rand(5, 48).requires_grad_(), w), {}),
+    ]
+    plain = inspect.unwrap(sys.modules["unsloth_core.ops.rms_norm"].rms_norm_fwd)
+    for _ in range(4):
+        for make, statics in kinds:
+            args = make()
+            bare = [a.detach() for a in args]
+            want = plain(*bare, needs=(True, False, ABSENT), **statics)[0]
+            got = ops.rms_norm(*args, **statics)
+            assert torch.equal(got, want)
+            if got.requires_grad:
+                got.sum().backward()
+                assert args[0].grad is not None
+    assert len(uses) == 2 * (len(kinds) + 1)  # of the fourth kind of call, forward and backward
+
+
+def test_a_gradient_of_other_strides_is_another_kind(uses):
+    for _ in range(4):
+        x, dy = rand(5, 48).requires_grad_(), rand(48, 5).T
+        got = torch.autograd.grad(ops.softmax(x), x, dy)[0]
+        torch.testing.assert_close(got, torch.autograd.grad(x.softmax(-1), x, dy)[0])
+    for _ in range(4):
+        x, dy = rand(5, 48).requires_grad_(), rand(1, 1).expand(5, 48)
+        got = torch.autograd.grad(ops.glu(x), x, dy[:, :24])[0]
+        a, b = x.chunk(2, -1)
+        torch.testing.assert_close(got, torch.autograd.grad(torch.nn.functional.silu(a) * b, x, dy[:, :24])[0])
+    assert uses
+
+
+def doubled(x, *, needs, times=2):
+    out = torch.empty_like(x)
+    if times == 0:
+        out.fill_(0)
+    return out.view(-1), (x, out if times == 3 else ABSENT)
+
+
+def test_what_is_returned_as_a_view_is_allocated_in_its_shape(uses):
+    f = prepared.prepared(doubled)
+    for _ in range(4):
+        view, (x, _) = f(rand(3, 4), needs=(True,))
+        assert view.shape == (12,) and x.shape == (3, 4)
+    assert len(uses) == 2
+
+
+@pytest.mark.parametrize("times", [0, 3])
+def test_more_than_memory_or_one_tensor_in_two_shapes_is_never_prepared(times, uses):
+    f = prepared.prepared(doubled)
+    for _ in range(4):
+        f(rand(3, 4), needs=(True,), times=times)
+    assert not uses
+
+
+def test_arguments_that_share_memory_or_have_none_are_never_prepared(uses):
+    x, w = rand(5, 48), rand(48)
+    for _ in range(4):
+        assert torch.equal(ops.add_rms_norm(x, x, w)[0], x + x)
+        assert torch.equal(ops.add_rms_norm(x, x.view(5, 48), w)[0], x + x)
+        assert ops.rms_norm(rand(0, 48), w).shape == (0, 48)
+    assert not uses
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for _ in range(4):
+            assert ops.rms_norm(torch.empty(5, 48, device=DEVICE), torch.empty(48, device=DEVICE)).shape == (5, 48)
+    assert not uses
+
+
+def test_nodes_are_arguments_too(uses):
+    """An adapter as argument, residual and gradient: told apart by its statics, and handed back as it came."""
+
+    def half(w, *, needs):
+        return torch.empty_like(w.a), (w, LoRA(a=w.a, b=torch.empty_like(w.b), scale=w.scale))
+
+    f = prepared.prepared(half)
+    for scale in (1.0, 2.0):
+        for _ in range(4):
+            w = LoRA(a=rand(2, 3), b=rand(4, 2), scale=scale)
+            _, (same, other) = f(w, needs=(tree.map(lambda _: True, w),))
+            assert same is w and other.a is w.a and other.b is not w.b and other.scale == scale
+    assert len(uses) == 4
+
+
+def test_forgetting(uses):
+    for _ in range(3):
+        ops.softmax(rand(5, 48))
+    assert len(uses) == 1
+    prepared.forget()
+    ops.softmax(rand(5, 48))
+    assert len(uses) == 1
+
+
+def test_a_profiler_hears_of_every_launch(monkeypatch):
+    monkeypatch.setattr(device, "_INTERPRETING", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert device.straight(1) and not device.straight(0)
+    device._KNOBS.launch_enter_hook.add(print)
+    try:
+        assert not device.straight(1)
+    finally:
+        device._KNOBS.launch_enter_hook.remove(print)
+
+
+@pytest.mark.parametrize("gradients, budget", [(False, 28), (True, 75)])
+def test_python_calls_of_an_op(gradients, budget, monkeypatch):
+    """What a call costs the host, as a number that any machine can count: calls of Python functions in this thread. Of
+    forward and backward PyTorch's own ``grad`` makes about 27; on a GPU backward's are another thread's."""
+    real = prepared._Prepared.__init__
+    monkeypatch.setattr(
+        prepared._Prepared, "__init__", lambda self, index, makes, launches, pick: real(self, index, makes, [], pick)
+    )
+    x, w, dy = rand(5, 48).requires_grad_(gradients), rand(48).requires_grad_(gradients), rand(5, 48)
+    calls = []
+
+    def op():
+        y = ops.rms_norm(x, w, eps=1e-5)
+        if gradients:
+            torch.autograd.grad(y, (x, w), dy)
+
+    for _ in range(3):
+        op()
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_qualname) if event == "call" else None)
+    try:
+        op()
+    finally:
+        sys.setprofile(None)
+    assert len(calls) <= budget, calls
