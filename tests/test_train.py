@@ -6,9 +6,11 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from unsloth_core.train import Options, finetune, make_step
 
 BACKEND = "triton" if DEVICE.type == "cuda" else "reference"
 TIMES = ("tokens_per_s", "memory_gib")
+AWAY = {INPUT: OFFLOAD, "attn": OFFLOAD, "mid": OFFLOAD, "qkv": SAVE}
 
 
 @pytest.fixture(autouse=True)
@@ -83,9 +86,18 @@ def test_accumulated_gradients_are_those_of_one_batch(parts, policy):
         with backend.using("reference"):
             return value_and_grad(lambda t: model.loss(lora.adapt(base, t), batch(examples))[0])(start)
 
-    (loss32, grads32), (loss64, grads64) = one_batch(torch.float32), one_batch(torch.float64)
-    step = make_step(model, params, gradients_only(), max_norm=None, policy=policy)
-    grads, state, metrics = step(adapters, (), [batch(examples[i::parts]) for i in range(parts)])
+    def in_parts(parts, policy):
+        step = make_step(model, params, gradients_only(), max_norm=None, policy=policy)
+        return step(adapters, (), [batch(examples[i::parts]) for i in range(parts)])
+
+    (loss32, _), (loss64, grads64) = one_batch(torch.float32), one_batch(torch.float64)
+    # How far PyTorch is off depends on how it cuts the sum (on an H100 2.7 to 4.5 units for one leaf): the worst of its
+    # ways is the measure, not one draw.
+    with backend.using("reference"):
+        pytorchs = [in_parts(n, None)[0] for n in (1, 2, 3, 5)]
+    off = lambda g, g64: float((g.double() - g64).abs().max())  # noqa: E731
+    grads32 = tree.map(lambda g64, *ways: max(ways, key=lambda g: off(g, g64)), grads64, *pytorchs)
+    grads, state, metrics = in_parts(parts, policy)
     assert state == () and float(metrics["targets"]) == sum(lengths) - len(lengths)
     assert_op_rule(metrics["loss"], loss32, loss64, "loss")
     norm = math.sqrt(sum(float(g.square().sum()) for g in tree.leaves(grads64)))
@@ -611,9 +623,62 @@ def test_a_picture_of_any_history(tmp_path):
         assert (tmp_path / f"{n}.png").read_bytes().startswith(b"\x89PNG")
 
 
+# ---- dropout of the adapters' inputs
+
+
+def dropped_out(policy=None, p=0.5, seed=1, steps=2, key=True):
+    """Adapters and losses after some steps of two microbatches each, all of the same tokens."""
+    model, params = make()
+    batch = Batch.of([(list(range(20)), None)], vocab_size=97, tokens=24, segments=2).to(DEVICE)
+    adapters = tree.map(lambda t: t + 0.1, lora.init(random.key(0), params, rank=2))
+    optimizer = optim.adamw(0.0)
+    state = optimizer.init(adapters)
+    masks = random.key(seed) if key else None
+    step = make_step(model, params, optimizer, max_norm=None, policy=policy, dropout=p, key=masks)
+    seen = []
+    for batches in [[batch]] * steps + [[batch, batch]]:
+        adapters, state, metrics = step(adapters, state, batches)
+        seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return seen
+
+
+def test_masks_are_those_of_key_step_and_microbatch():
+    plain, seen = dropped_out(p=0.0), dropped_out()
+    assert plain == dropped_out(p=0.0, key=False) and plain[0] == plain[1]
+    assert len({loss for loss, _ in seen}) == 3  # another mask in every step; the parameters stay
+    assert seen[2][0] != dropped_out(steps=3)[2][0]  # half of it is of another microbatch's mask
+    assert seen == dropped_out() and seen != dropped_out(seed=2)
+    assert seen[0] != plain[0]
+
+
+@pytest.mark.parametrize("policy", [{"qkv": SAVE, "attn": SAVE}, AWAY, {}], ids=["saved", "offload", "recompute"])
+def test_what_is_recomputed_has_the_same_masks(policy):
+    with backend.using("triton" if DEVICE.type == "cuda" else "reference"):
+        assert dropped_out(policy, steps=1) == dropped_out(dict.fromkeys(make()[0].family.SAVED, SAVE), steps=1)
+
+
+def test_a_run_with_dropout_goes_on_with_the_same_masks(tmp_path):
+    whole = run(tmp_path / "a", dropout=0.3)
+    assert without_times(whole[1]) != without_times(run(tmp_path / "b")[1])
+    folder = tmp_path / "c"
+    shutil.copytree(tmp_path / "a", folder)
+    last = sorted((folder / "checkpoints").iterdir())[-1]
+    shutil.rmtree(last)
+    (folder / "adapter_model.safetensors").unlink()
+    again = run(folder, dropout=0.3)
+    for (path, x), (_, y) in zip(tree.items(whole[0]), tree.items(again[0]), strict=True):
+        assert torch.equal(x, y), path
+
+
+def test_dropout_is_refused_without_a_key_and_out_of_range(tmp_path):
+    with pytest.raises(ValueError, match="make_step: dropout is 0.5, but no key was given"):
+        dropped_out(key=False)
+    with pytest.raises(ValueError, match="finetune: dropout is 1.0, expected 0 <= dropout < 1"):
+        run(tmp_path, dropout=1.0)
+
+
 # ---- the step as a CUDA graph
 
-AWAY = {INPUT: OFFLOAD, "attn": OFFLOAD, "mid": OFFLOAD, "qkv": SAVE}
 needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs are recorded and replayed by a GPU alone")
 
 
@@ -675,6 +740,7 @@ def test_memory_does_not_grow_from_step_to_step(captured):
         for batch in batches:
             adapters, state, _ = step(adapters, state, [batch])
         torch.cuda.synchronize()
+        time.sleep(0.05)  # autograd's thread hands its result over before it lets go of the last gradients
         stats = torch.cuda.memory_stats()
         names = ("allocated_bytes.all.current", "reserved_bytes.all.current", "allocated_bytes.all.peak")
         seen.append([stats[name] for name in names])
@@ -683,7 +749,7 @@ def test_memory_does_not_grow_from_step_to_step(captured):
 
 @needs_cuda
 def test_a_captured_run_is_an_uncaptured_one(whole, tmp_path):
-    assert_same_run(whole[0], run(tmp_path, capture=True), whole[1], tmp_path)
+    assert_same_run(whole[0], run(tmp_path, capture=False), whole[1], tmp_path)
 
 
 @needs_cuda
@@ -719,7 +785,7 @@ class Counter:
         return adapters, state, {"targets": sum(batch.count for batch in microbatches)}
 
 
-def counted(monkeypatch, step):
+def counted(monkeypatch, step, **options):
     """``Captured(step)`` with graphs that hold nothing, on any device."""
     graphs = []
 
@@ -733,7 +799,7 @@ def counted(monkeypatch, step):
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(capture.Captured, "_beside", lambda self: contextlib.nullcontext())
     monkeypatch.setattr(capture.Captured, "_check", lambda self, adapters, state: adapters.device)
-    captured = capture.Captured(step)
+    captured = capture.Captured(step, **options)
     captured._addresses = [t.data_ptr() for t in state_of(captured)]
     return captured, graphs
 
@@ -743,6 +809,70 @@ ADAPTERS, STATE = torch.zeros(2, device=DEVICE), torch.zeros((), dtype=torch.int
 
 def state_of(_):
     return ADAPTERS, STATE
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("operation not permitted\nwhen capturing"), torch.OutOfMemoryError("no")]
+)
+def test_what_cannot_be_recorded_runs_as_ever(monkeypatch, error):
+    """In the second step of a shape, which would be recorded; or, for want of memory, in the first of another shape."""
+    step = Counter()
+    captured, _ = counted(monkeypatch, step, strict=False)
+    short, long = some_batches(2)[1], some_batches(1)[0]
+    captured(ADAPTERS, STATE, [long])
+    last = long
+    if isinstance(error, torch.OutOfMemoryError):
+        captured(ADAPTERS, STATE, [long])
+        last = short
+
+    def fails(*args):
+        captured.step = step
+        raise error
+
+    captured.step, before, calls = fails, STATE.clone(), step.calls
+    with pytest.warns(UserWarning, match="^capture: .*; steps run one by one from here on$"):
+        captured(ADAPTERS, STATE, [last])
+    captured(ADAPTERS, STATE, [long])
+    assert step.calls == calls + 2 and captured.graphs == 0
+    assert STATE - before == last.tokens_N.sum() + long.tokens_N.sum()
+    strict, _ = counted(monkeypatch, fails)
+    with pytest.raises(type(error)):
+        strict(ADAPTERS, STATE, [long])
+
+
+@needs_cuda
+def test_a_step_that_waits_for_the_device_runs_as_ever():
+    model, params = make()
+    optimizer, batches = optim.adamw(1e-2), some_batches(4)
+    results = []
+    for strict in (None, False):
+        adapters = tree.map(lambda t: t + 0.02, lora.init(random.key(0), params, rank=2))
+        state = optimizer.init(adapters)
+        plain = make_step(model, params, optimizer, max_norm=None, policy=None)
+
+        def waits(adapters, state, batches, plain=plain):
+            adapters, state, metrics = plain(adapters, state, batches)
+            return adapters, state, {"loss": metrics["loss"] + float(metrics["loss"])}
+
+        step = waits if strict is None else capture.Captured(waits, strict=strict)
+        with (
+            contextlib.nullcontext() if strict is None else pytest.warns(UserWarning, match="capture: the step cannot")
+        ):
+            for batch in batches:
+                adapters, state, metrics = step(adapters, state, [batch])
+        results.append((adapters, state, metrics))
+    for (path, a), (_, b) in zip(*map(tree.items, results), strict=True):
+        assert torch.equal(a, b), path
+
+
+@needs_cuda
+def test_a_run_is_captured_unless_it_is_told_not_to_be(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(train, "Captured", lambda step, **options: made.append(options) or step)
+    run(tmp_path / "a")
+    run(tmp_path / "b", capture=False)
+    run(tmp_path / "c", capture=True)
+    assert made == [{"strict": False}, {"strict": True}]
 
 
 def test_a_graph_for_every_shape_up_to_a_limit(monkeypatch):

@@ -15,6 +15,7 @@ in the threads in which autograd runs backward; workspaces that a kernel allocat
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,10 +36,14 @@ class Captured:
     of the first call, whose addresses are in the graphs (ValueError for others). Batches are copied into buffers. Every
     combination of their shapes and host bounds (M, ``max_len``, ``max_position``; number of microbatches) is a graph
     of its own, up to MOST of them; beyond that a new one runs as ever. The graphs share one pool of memory.
+
+    Where it cannot be (adapters on another GPU than the current one, a step that waits for the device, no memory for a
+    step beside that of graphs) an error says why; with ``strict=False`` a warning does, once, and steps run as ever.
     """
 
-    def __init__(self, step: Callable[..., Any]) -> None:
-        self.step = step
+    def __init__(self, step: Callable[..., Any], *, strict: bool = True) -> None:
+        self.step, self.strict = step, strict
+        self._refused = False
         self._addresses: list[int] | None = None
         self._owned: tuple[Any, Any] | None = None  # adapters and state, as the step returned them
         self._recordings: dict[Any, _Recording] = {}
@@ -52,6 +57,23 @@ class Captured:
 
     def __call__(self, adapters: Any, state: Any, microbatches: Sequence[Batch]) -> tuple[Any, Any, dict[str, Tensor]]:
         """One step."""
+        if not self._refused:
+            try:
+                return self._captured(adapters, state, microbatches)
+            except _Refused as refused:
+                why = str(refused)
+            except torch.OutOfMemoryError:  # before the update: it allocates next to nothing
+                if self.strict or not self.graphs:
+                    raise
+                why = "capture: no memory for a step of another shape beside the graphs of earlier ones"
+            self._refused, self._pool = True, None
+            self._recordings.clear()
+            torch.cuda.empty_cache()
+            warnings.warn(f"{why}; steps run one by one from here on", stacklevel=2)
+        device = tree.leaves(adapters)[0].device
+        return self.step(adapters, state, [batch.to(device) for batch in microbatches])
+
+    def _captured(self, adapters: Any, state: Any, microbatches: Sequence[Batch]) -> tuple[Any, Any, dict[str, Tensor]]:
         device = self._check(adapters, state)
         microbatches = [batch.to(device) for batch in microbatches]
         leaves, spec = tree.flatten(microbatches)
@@ -69,8 +91,14 @@ class Captured:
             buffer.copy_(leaf)
         if recording.graph is None:
             graph = torch.cuda.CUDAGraph()
-            with offload.keeping(recording.host), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                _, _, recording.metrics = self.step(adapters, state, recording.microbatches)
+            try:  # nothing that is recorded runs: after a failure adapters and state are what they were
+                with offload.keeping(recording.host), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                    _, _, recording.metrics = self.step(adapters, state, recording.microbatches)
+            except RuntimeError as error:
+                if self.strict:
+                    raise
+                why = str(error.__context__ or error).strip().splitlines() or ["no reason was given"]
+                raise _Refused(f"capture: the step cannot be a CUDA graph ({why[0]})") from error
             recording.graph, self._pool = graph, graph.pool()
         recording.graph.replay()
         # The next replay, of any graph in the pool, writes where these are.
@@ -101,7 +129,8 @@ class Captured:
         if away := [leaf for leaf in leaves if leaf.device.type != "cuda"]:
             raise ValueError(f"capture: adapters or state are on {away[0].device}, expected cuda: a graph is CUDA's")
         if leaves[0].device.index != torch.cuda.current_device():
-            raise ValueError(f"capture: adapters are on {leaves[0].device}, expected the current device")
+            elsewhere = f"capture: adapters are on {leaves[0].device}, expected the current device"
+            raise ValueError(elsewhere) if self.strict else _Refused(elsewhere)
         addresses = [leaf.data_ptr() for leaf in leaves]
         if self._addresses is None:
             self._addresses = addresses
@@ -111,6 +140,10 @@ class Captured:
                 "copy new values into those, or make a new step"
             )
         return leaves[0].device
+
+
+class _Refused(Exception):
+    """No graph can be recorded; the message says why."""
 
 
 class _Recording:

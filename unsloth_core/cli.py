@@ -42,6 +42,7 @@ OPTION_HELP = {
     "alpha": "Strength of the adapters; their scale is alpha / rank. Default: the rank.",
     "rslora": "Scale by alpha / sqrt(rank) instead.",
     "targets": "What is adapted: all-linear, attention, or names such as q_proj,v_proj.",
+    "dropout": "Part of each adapter's input that is left out at random, anew in every step. 0: nothing.",
     "lr": "Highest learning rate.",
     "schedule": f"How the learning rate changes: {', '.join(SCHEDULES)}.",
     "warmup": "Steps in which the learning rate rises to its highest.",
@@ -57,7 +58,7 @@ OPTION_HELP = {
     "eval_every": "Steps between these measurements.",
     "save_every": "Steps between checkpoints, from which an interrupted run goes on.",
     "seed": "Seed of the adapters' first values and of the order of examples.",
-    "capture": "Replay the step as a CUDA graph: faster for small models, with the same results. Needs a GPU.",
+    "capture": "Replay the step as a CUDA graph, with the same results: the GPU never waits. Default: on a GPU.",
 }  # fmt: skip
 
 
@@ -330,7 +331,7 @@ def _plan(
     config = text_config(hub.read_config(source), source)
     return make_plan(
         {**config, "_name_or_path": source}, run.tokens, memory, sequence=sequence, rank=run.rank, targets=run.targets,
-        optimizer_states=run.optimizer_states, accumulate=run.accumulate, capture=run.capture,
+        optimizer_states=run.optimizer_states, accumulate=run.accumulate, capture=run.capture is not False,
         quantize=None if quantize is None else quantize.value, dtype=getattr(torch, (dtype or Dtype.bfloat16).value),
     )  # fmt: skip
 

@@ -40,6 +40,7 @@ class Options:
     alpha: float | None = None  # None: the rank, so the scale is 1
     rslora: bool = False
     targets: str | list[str] = "all-linear"
+    dropout: float = 0.0  # of each adapter's input, while training
     lr: float = 2e-4
     schedule: str = "linear"
     warmup: int = 5  # steps
@@ -55,7 +56,7 @@ class Options:
     eval_every: int = 50
     save_every: int = 100
     seed: int = 0
-    capture: bool = False  # the step as a CUDA graph: less time for small models, the same bits; on a GPU only
+    capture: bool | None = None  # the step as a CUDA graph, with the same bits; None: on a GPU, where it can be one
 
     def __post_init__(self) -> None:
         if isinstance(self.output, os.PathLike):
@@ -87,6 +88,8 @@ class Options:
             raise ValueError(f"finetune: alpha is {self.alpha}, expected a number above 0")
         if self.warmup < 0:
             raise ValueError(f"finetune: warmup is {self.warmup}, expected at least 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"finetune: dropout is {self.dropout}, expected 0 <= dropout < 1")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"finetune: eval_fraction is {self.eval_fraction}, expected 0 <= eval_fraction < 1")
 
@@ -134,29 +137,41 @@ def make_step(
     *,
     max_norm: float | None,
     policy: Schedule | Policy | None,
-    capture: bool = False,
+    dropout: float = 0.0,
+    key: Tensor | None = None,
+    capture: bool | None = False,
 ) -> Step:
     """``step(adapters, state, microbatches) -> (adapters, state, metrics)``, without a host sync.
 
     Gradients of the microbatches are summed in fp32, each loss divided by the number of targets of all of them: the
     gradient of one large batch. ``adapters`` and ``state`` are donated. metrics: ``loss``, ``grad_norm``, ``targets``,
-    0-d. ``capture``: as a CUDA graph, the same results to the bit (see :mod:`unsloth_core.capture` for what is static
-    then); ValueError on a CPU.
+    0-d. ``dropout`` of the adapters' inputs needs a ``key``, into which ``state.step`` and the number of the microbatch
+    are folded: the same masks whatever is recomputed, captured or resumed. ``capture``: as a CUDA graph, the same
+    results to the bit (see :mod:`unsloth_core.capture` for what is static then); ValueError on a CPU. None: on a GPU,
+    and where no graph can be recorded, a warning says why and steps run one by one.
     """
-    if capture and params.norm.device.type != "cuda":
-        raise ValueError(f"make_step: capture, but the weights are on {params.norm.device}, expected cuda")
-    gradient = value_and_grad(
-        lambda adapters, batch, count: model.loss(lora.adapt(params, adapters), batch, count=count, policy=policy),
-        has_aux=True,
-    )
+    device = params.norm.device
+    if capture and device.type != "cuda":
+        raise ValueError(f"make_step: capture, but the weights are on {device}, expected cuda")
+    if dropout and key is None:
+        raise ValueError(f"make_step: dropout is {dropout}, but no key was given, from which masks are made")
+    base_key = key.to(device) if dropout and key is not None else None
+
+    def loss(adapters: Adapters, batch: Batch, count: Tensor, key: Tensor | None) -> tuple[Tensor, Any]:
+        adapted = lora.adapt(params, adapters, dropout=dropout, key=key)
+        return model.loss(adapted, batch, count=count, policy=policy)
+
+    gradient = value_and_grad(loss, has_aux=True)
 
     def step(adapters: Adapters, state: Any, microbatches: Sequence[Batch]) -> tuple[Adapters, Any, dict[str, Tensor]]:
         count = torch.stack([batch.count for batch in microbatches]).sum()
-        (loss, _), grads = gradient(adapters, microbatches[0], count)
+        own = None if base_key is None else random.fold_in(base_key, state.step)
+        keys = [None if own is None else random.fold_in(own, i) for i in range(len(microbatches))]
+        (loss, _), grads = gradient(adapters, microbatches[0], count, keys[0])
         if len(microbatches) > 1:
             total = tree.map(lambda g: g.float(), grads)
-            for batch in microbatches[1:]:
-                (more, _), grads = gradient(adapters, batch, count)
+            for batch, key in zip(microbatches[1:], keys[1:], strict=True):
+                (more, _), grads = gradient(adapters, batch, count, key)
                 loss = loss + more
                 total = tree.map(lambda sum_, g: sum_ + g.float(), total, grads)
             grads = tree.map(lambda sum_, leaf: sum_.to(leaf.dtype), total, adapters)
@@ -165,7 +180,7 @@ def make_step(
         adapters, state = optimizer.update(grads, state, adapters, clip=clip, donate=True)
         return adapters, state, {"loss": loss, "grad_norm": norm, "targets": count}
 
-    return Captured(step) if capture else step
+    return Captured(step, strict=capture is True) if capture is not False and device.type == "cuda" else step
 
 
 @torch.no_grad()
@@ -220,7 +235,10 @@ def finetune(
     rate = rates[o.schedule]()
     state_dtype = OPTIMIZER_STATES[o.optimizer_states]
     optimizer = optim.adamw(rate, weight_decay=o.weight_decay, state_dtype=state_dtype)
-    step_fn = make_step(model, params, optimizer, max_norm=o.max_norm, policy=policy, capture=o.capture)
+    masks = random.fold_in(random.key(o.seed), 1)
+    step_fn = make_step(
+        model, params, optimizer, max_norm=o.max_norm, policy=policy, dropout=o.dropout, key=masks, capture=o.capture
+    )
     adapters = lora.init(random.key(o.seed), params, rank=o.rank, alpha=o.alpha, targets=o.targets, rslora=o.rslora)
     state = optimizer.init(adapters)
     history: list[dict[str, float]] = []
