@@ -648,24 +648,24 @@ def attention_bwd(
     tiles = launch.dkdv
     keys = attention_hopper_bwd.TABLE[K].keys if fused else tiles.keys
     count = shares(device.cdiv(M, keys) * G, group, device.sms(where))
-    made, adds = (dk, dv), add
+    dk_to, dv_to, adds = dk, dv, add
     if count > 1:
         empty = functools.partial(torch.empty, (count, M, G, K), dtype=torch.float32, device=where)
-        made, adds = (None if dk is None else empty(), None if dv is None else empty()), False
+        dk_to, dv_to, adds = None if dk is None else empty(), None if dv is None else empty(), False
     if fused:
-        assert dq is not None and dk is not None and dv is not None
+        assert dq is not None and dk_to is not None and dv_to is not None
         attention_hopper_bwd.backward(
-            q, k, v, do, lse_h, delta, dq, *made, q_segments, kv_segments, inner=-inner if scale < 0 else inner,
+            q, k, v, do, lse_h, delta, dq, dk_to, dv_to, q_segments, kv_segments, inner=-inner if scale < 0 else inner,
             outer=outer, scale=scale, causal=causal, window=window, add=adds, shares=count,
         )  # fmt: skip
     elif dk is not None or dv is not None:
         device.launch(
-            _dkdv, (device.cdiv(M, tiles.keys) * G * count,), q, k, v, do, lse_h, delta, P, *made, *segments, *strides,
-            *(n for d in made for n in ((0, 0) if d is None else d.stride()[-3:-1])),
+            _dkdv, (device.cdiv(M, tiles.keys) * G * count,), q, k, v, do, lse_h, delta, P, dk_to, dv_to, *segments, *strides,
+            *(n for d in (dk_to, dv_to) for n in ((0, 0) if d is None else d.stride()[-3:-1])),
             inner, outer, scale, window, G, group, K, *pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
             tma, adds, count, **tiles.options(),
         )  # fmt: skip
-    for d, part in zip((dk, dv), made, strict=True) if count > 1 else ():
+    for d, part in zip((dk, dv), (dk_to, dv_to), strict=True) if count > 1 else ():
         if d is not None:
             device.launch(
                 _sum_shares, (device.cdiv(M, 16), G), part, d, M, *d.stride()[:2],
