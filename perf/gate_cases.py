@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from perf import ops as perf_ops
-from perf.gate import Recorder, Row, Target
+from perf.gate_record import Recorder, Row, Target
 from perf.ops import Case, Random, Shape
 from unsloth_core import ops as uc
 from unsloth_core import optim, tree
@@ -21,19 +21,21 @@ from unsloth_core.optim import multi_tensor
 from unsloth_core.segments import Segments
 from unsloth_core.weights import NF4, Adapted, LoRA, Stacked
 
-attention, attention_decode, attention_hopper, grouped_linear, low_rank, nf4, nf4_matvec, product = (
-    importlib.import_module(f"unsloth_core.ops.{op}")
-    for op in (
-        "attention",
-        "attention_decode",
-        "attention_hopper",
-        "grouped_linear",
-        "low_rank",
-        "nf4",
-        "nf4_matvec",
-        "product",
-    )
-)
+
+def _file(op: str) -> Any:
+    """The module, which the package hides behind the op of the same name."""
+    return importlib.import_module(f"unsloth_core.ops.{op}")
+
+
+attention = _file("attention")
+attention_decode = _file("attention_decode")
+attention_hopper = _file("attention_hopper")
+attention_hopper_bwd = _file("attention_hopper_bwd")
+grouped_linear = _file("grouped_linear")
+low_rank = _file("low_rank")
+nf4 = _file("nf4")
+nf4_matvec = _file("nf4_matvec")
+product = _file("product")
 
 CPU = torch.device("cpu")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -164,13 +166,17 @@ def _small_ops(call: Calls, r: Random, target: Target) -> None:
     call("embedding scale", functools.partial(uc.embedding, scale=64.0), (r.ids(N, 999), r.normal(999, 4096)),
          lambda ids, w: (w,))  # fmt: skip
     call("embedding int32", uc.embedding, (r.ids(N, 999).int(), r.normal(999, 4096)), lambda ids, w: (w,))
-    for act in ("gelu_tanh", "gelu_erf"):
+    for act in ("gelu_tanh", "gelu_erf", "relu2"):
         call(f"glu {act}", functools.partial(uc.glu, act=act), (r.normal(N, 28672),), lambda x: (x,), model=True)
+        args = (r.normal(N, 28672), r.normal(4096, 14336))
+        call(f"glu_linear {act}", functools.partial(uc.glu_linear, act=act), args, lambda x, w: (x,), model=True)
     call("gelu tanh", functools.partial(uc.gelu, approximate="tanh"), (r.normal(N, 18176),), lambda x: (x,), model=True)
     call("glu expanded dy", uc.glu, (r.normal(N, 28672),), lambda x: (x,), cotangents=_expanded)
     for J in (16, 48):  # partial rotation
         angles = (r.normal(N, J, dtype=FP32), r.normal(N, J, dtype=FP32))
         call(f"rope J={J}", uc.rope, (r.normal(N, 32, 128), r.normal(N, 8, 128), *angles), lambda q, k, *_: (q, k))
+        linear_rope = functools.partial(uc.linear_rope, heads=32, kv_heads=8)
+        call(f"linear_rope J={J}", linear_rope, (r.normal(N, 512), r.normal(6144, 512), *angles), lambda x, *_: (x,))
     qkv, angles = r.normal(N, 48, 128), (r.normal(N, 64, dtype=FP32), r.normal(N, 64, dtype=FP32))
     call("rope slices", uc.rope, (qkv[:, :32], qkv[:, 32:40], *angles), lambda q, k, *_: (q, k), model=True)
 
@@ -288,15 +294,21 @@ def _expert_weights(
 def _attention(call: Calls, r: Random, target: Target) -> None:
     one, packed, cache = (Segments.uniform(4, length, CPU) for length in (1, 512, 8192))
     softcap = {"window": 100, "softcap": 50.0}
-    for dtype, sizes in ((BF16, (64, 80, 96, 128, 256, 33, 100, 200)), (FP32, (64, 128, 256))):
+    for dtype, sizes in ((BF16, (64, 80, 96, 128, 192, 256, 33, 100, 200)), (FP32, (64, 128, 256))):
         for K in sizes if dtype in _dtypes(target) else ():
             q, k, v = (r.normal(2048, heads, K, dtype=dtype) for heads in (8, 2, 2))
             whole = K in (64, 128, 256) and dtype == BF16
             portable = {"return_lse": True, "scale": -0.1}  # what the kernel for Hopper does not take
             more = ({"causal": False},) if K == 128 else ()
-            for statics in ({}, *((softcap, portable, *more) if whole else ())):
+            more = (softcap, portable, *more) if whole else (portable,) if K == 96 and dtype == BF16 else ()
+            for statics in ({}, *more):
                 op = functools.partial(uc.attention, **statics)
                 call(f"attention {K} {statics}", op, (q, k, v, packed, packed), lambda q, k, v, *_: (q, k, v))
+            if K in (80, 128, 256) and dtype == BF16:  # long enough for the backward kernel for Hopper
+                long, args = Segments.uniform(1, 8192, CPU), [r.normal(8192, heads, K) for heads in (32, 8, 8)]
+                for statics in ({}, softcap):
+                    op = functools.partial(uc.attention, **statics)
+                    call(f"attention {K} long {statics}", op, (*args, long, long), lambda q, k, v, *_: (q, k, v))
             if K == 64:
                 args = (q, k, v, packed, packed, r.normal(8, dtype=FP32))
                 call(f"attention {K} sinks", uc.attention, args, lambda *args: (*args[:3], args[-1]))
@@ -311,13 +323,14 @@ def _optimizers(call: Calls, r: Random, target: Target) -> None:
     for dtypes in ((FP32,), (BF16,), (BF16, FP32)):
         leaves = [r.normal(4096, 16, dtype=dtype) for dtype in dtypes]
         call(f"global_norm {dtypes}", optim.global_norm, (leaves,))
-        adamw = optim.adamw(max_norm=1.0)
+        for state in (FP32, BF16, "8bit"):
+            adamw = optim.adamw(max_norm=1.0, state_dtype=state)
 
-        def update(*leaves: Tensor, adamw: Any = adamw) -> Any:
-            return adamw.update(list(leaves), adamw.init(list(leaves)), list(leaves))[0]
+            def update(*leaves: Tensor, adamw: Any = adamw) -> Any:
+                return adamw.update(list(leaves), adamw.init(list(leaves)), list(leaves))[0]
 
-        call(f"adamw {dtypes}", update, leaves)
-        call(f"adamw {dtypes} unaligned", update, [r.normal(4097, dtype=dtype)[1:] for dtype in dtypes])
+            call(f"adamw {dtypes} {state}", update, leaves)
+            call(f"adamw {dtypes} {state} unaligned", update, [r.normal(4097, dtype=dtype)[1:] for dtype in dtypes])
     call("addresses under capture", lambda: multi_tensor._table_by_arguments([2**40] * 3, CPU), ())
 
 
@@ -343,6 +356,11 @@ def rows(target: Target) -> Iterator[Row]:
         pieces = dict(zip(("K1", "K2"), attention_hopper.pieces(K), strict=True))
         facts = {"dtype": "bf16", **pieces, "BN": block.keys, "SLOTS": block.slots, "OWN_O": block.own_o}
         yield Row(f"attention_hopper.TABLE[{K}]", "attention_hopper._forward", facts)
+    for K, block in attention_hopper_bwd.TABLE.items() if target.capability == (9, 0) else ():
+        pieces = dict(zip(("K1", "K2"), attention_hopper.pieces(K), strict=True))
+        facts = {"BF16": True, **pieces, "BM": block.queries, "BN": block.keys}
+        facts |= {"SLOTS": block.slots, "DO_SLOTS": block.do_slots, "HELD": block.held}
+        yield Row(f"attention_hopper_bwd.TABLE[{K}]", "attention_hopper_bwd._backward", facts)
     for (kind, size), tiles in attention_decode.TABLE.items():
         for dtype in _dtypes(target):
             if dtype != FP16 and kind == attention_decode.kind(dtype, target.capability):
@@ -364,7 +382,9 @@ def rows(target: Target) -> Iterator[Row]:
             facts |= {"num_warps": config.warps, "num_stages": config.stages}
             yield Row(f"product.CONFIGS[{name!r}]", "product._product_kernel", facts)
     for name, thin in low_rank.CONFIGS.items():
-        if name != "interpreted":
-            kernel, inner = ("gradients", "BLOCK_C") if name == "gradients" else ("onto_ranks", "BLOCK_K")
+        if name != "interpreted" and ("beside" not in name or target.capability[0] == 9):
+            kernel, inner = ("gradients", "BLOCK_C") if "gradients" in name else ("onto_ranks", "BLOCK_K")
             facts = {"BLOCK_N": thin.tokens, inner: thin.inner, "num_warps": thin.warps, "num_stages": thin.stages}
+            if kernel == "onto_ranks" and target.name == "sm_89":  # less shared memory: fewer stages
+                facts["num_stages"] = min(thin.stages, 2)
             yield Row(f"low_rank.CONFIGS[{name!r}]", f"low_rank._{kernel}_kernel", facts)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from perf import gate
-from perf.gate import TARGETS, Figures, Launch, Row
+from perf.gate_compile import Figures, measure
+from perf.gate_record import TARGETS, Launch, Row, unreached_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = Launch(TARGETS["sm_90"], "f._k", {"dtype": "bf16", "HEAD": 64, "num_warps": 4}, "f 1x2", True, "f._k", "key")
@@ -91,7 +92,7 @@ def test_rules_that_depend_on_the_launch():
 
 def test_a_row_that_nothing_launches_is_named():
     rows = [Row(f"T[{warps}]", "f._k", {"HEAD": range(1, 65), "num_warps": warps}) for warps in (4, 8)]
-    (line,) = gate.unreached_rows([LAUNCH], rows)
+    (line,) = unreached_rows([LAUNCH], rows)
     assert line.startswith("T[8]")
 
 
@@ -105,7 +106,7 @@ def test_figures_are_read_off_the_assembly():
     said = """ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to...
     8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads
     ptxas info    : Used 255 registers, used 1 barriers"""
-    found = gate.measure(ptx, said, 99)
+    found = measure(ptx, said, 99)
     assert found == Figures(255, 8, 99, True, ("wgmma",), round(32 / 34, 3), 0.0)
 
 
@@ -113,7 +114,9 @@ TOY = """
 import sys
 from pathlib import Path
 import torch, triton, triton.language as tl
-from perf import gate
+from perf.gate import judge, worst
+from perf.gate_compile import compile_all
+from perf.gate_record import TARGETS, Recorder, unreached_sites
 from unsloth_core import device
 
 @triton.jit
@@ -133,16 +136,16 @@ def never():
     device.launch(centred, (1,))
 
 if __name__ == "__main__":
-    recorder = gate.Recorder(gate.TARGETS["sm_90"])
+    recorder = Recorder(TARGETS["sm_90"])
     with recorder.pretending():
         x = torch.empty(4096)
         recorder.run("spills", lambda: run(centred, x, x, BLOCK=4096, maxnreg=32), model=True)
         recorder.run("good", lambda: run(centred, x, x, BLOCK=4096), model=True)
         recorder.run("bad", lambda: run(broken, x, BLOCK=64))
-    results = gate.compile_all(recorder, range(3), 2, Path(sys.argv[1]))
+    results = compile_all(recorder, range(3), 2, Path(sys.argv[1]))
     found = [(recorder.launches[i], figures) for i, figures in results]
-    print(*gate.judge(gate.worst(found), {}, {}), sep="\\n")
-    print(*gate.unreached_sites(recorder.sites, Path(__file__).parent), sep="\\n")
+    print(*judge(worst(found), {}, {}), sep="\\n")
+    print(*unreached_sites(recorder.sites, Path(__file__).parent), sep="\\n")
 """
 
 
