@@ -660,7 +660,8 @@ def attention_bwd(
         )  # fmt: skip
     elif dk is not None or dv is not None:
         device.launch(
-            _dkdv, (device.cdiv(M, tiles.keys) * G * count,), q, k, v, do, lse_h, delta, P, dk_to, dv_to, *segments, *strides,
+            _dkdv, (device.cdiv(M, tiles.keys) * G * count,),
+            q, k, v, do, lse_h, delta, P, dk_to, dv_to, *segments, *strides,
             *(n for d in (dk_to, dv_to) for n in ((0, 0) if d is None else d.stride()[-3:-1])),
             inner, outer, scale, window, G, group, K, *pieces(K), tiles.queries, tiles.keys, steps, causal, scale < 0,
             tma, adds, count, **tiles.options(),
