@@ -274,7 +274,11 @@ def test_options_that_are_refused(tmp_path):
     for dtype in (torch.int8, torch.float8_e4m3fn, torch.complex64):
         with pytest.raises(ValueError, match=f"load: dtype is {dtype}, expected bfloat16, float16 or float32"):
             load(folder, dtype=dtype)
-    for device, message in (("meta", "expected cuda, cuda:<number> or cpu"), ("cuda:99", "but PyTorch sees")):
+    for device, message in (
+        ("meta", "expected cuda, cuda:<number> or cpu"),
+        ("gpu", "expected cuda"),
+        ("cuda:99", "but PyTorch sees"),
+    ):
         with pytest.raises(ValueError, match=f"load: device is '{device}', {message}"):
             load(folder, device=device)
     (tmp_path / "tokenizer.json").unlink()

@@ -373,13 +373,9 @@ def _lines() -> Iterator[str]:
 def _load(
     source: str, device: str | None, dtype: Dtype | None, quantize: Quantization | None, **places: str
 ) -> tuple[Model, Any]:
-    try:
-        where = None if device is None else torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"--device is {device!r}, expected cuda, cuda:<number> or cpu") from None
     kind = None if dtype is None else getattr(torch, dtype.value)
     bits = None if quantize is None else quantize.value
-    model, params = load(source, device=where, dtype=kind, quantize=bits, **places)
+    model, params = load(source, device=device, dtype=kind, quantize=bits, **places)
     size = f"{tree.nbytes(params) / 2**30:.2f} GiB, {params.embed.dtype}".replace("torch.", "")
     _say(f"{source}: {size}{f', linears in {quantize.value}' if quantize else ''}, on {params.norm.device}")
     return model, params

@@ -1,6 +1,7 @@
 """From a Hub id, a folder or a GGUF file to a model and its weights, one tensor at a time, straight to its place."""
 
 import dataclasses
+import os
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ PLACES = ("device", "host", "nf4")
 
 
 def load(
-    source: str,
+    source: str | os.PathLike[str],
     *,
     revision: str | None = None,
     token: str | None = None,
@@ -44,14 +45,19 @@ def load(
     NotImplementedError for weights that are stored quantised other than in bitsandbytes' 4 bits (which stay as they
     are, bit for bit) or GGUF: bitsandbytes' 8 bits, GPTQ, FP8, ...
     """
+    source = os.fspath(source)
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"load: quantize is {quantize!r}, expected one of {QUANTIZATIONS}")
     for name, place, places in (("embed", embed, PLACES[:2]), ("head", head, PLACES)):
         if place not in places:
             raise ValueError(f"load: {name} is {place!r}, expected one of {places}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:  # no kind of device that PyTorch has heard of
+        device = torch.device("meta")
     if device.type not in ("cuda", "cpu"):
-        raise ValueError(f"load: device is {str(device)!r}, expected cuda, cuda:<number> or cpu")
+        raise ValueError(f"load: device is {str(wanted)!r}, expected cuda, cuda:<number> or cpu")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise ValueError(f"load: device is {str(device)!r}, but PyTorch sees {count} CUDA devices")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
