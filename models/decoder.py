@@ -179,7 +179,7 @@ def hidden_cached(
     x_ND = family.embed(params, tokens_N, cfg)
     for i, w in enumerate(params.layers):
         attend = family.spec(cfg, i)
-        q_NHK, k_NGK, v_NGK = family.pre(w, x_ND, rotations[attend.rope], cfg)
+        x_ND, q_NHK, k_NGK, v_NGK = family.pre(w, x_ND, rotations[attend.rope], cfg)
         k_MGK, v_MGK = cache.append(i, slots_N, k_NGK, v_NGK)
         o_NHK = attention(q_NHK, k_MGK, v_MGK, q_segments, kv_segments, name="attn", **attend.statics)
         x_ND, _ = family.post(w, x_ND, o_NHK, cfg)
@@ -204,7 +204,7 @@ def layer(
     def run(
         w: Any, x_ND: Tensor, rot: tuple[Tensor, Tensor], segments: Segments, *counted: Tensor
     ) -> tuple[Tensor, Any]:
-        q_NHK, k_NGK, v_NGK = pre(w, x_ND, rot)
+        x_ND, q_NHK, k_NGK, v_NGK = pre(w, x_ND, rot)
         o_NHK = attention(q_NHK, k_NGK, v_NGK, segments, segments, name="attn", **attend.statics)
         return post(w, x_ND, o_NHK, *counted)
 

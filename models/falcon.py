@@ -130,8 +130,8 @@ def embed(w: Weights, tokens_N: Tensor, cfg: Config) -> Tensor:
     return embedding(tokens_N, w.embed)
 
 
-def pre(w: Layer, x_ND: Tensor, rot: tuple[Tensor, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Everything before attention; token-local."""
+def pre(w: Layer, x_ND: Tensor, rot: tuple[Tensor, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Everything before attention, token-local: the stream as it came, q, k and v."""
     norm = (w.norm, w.norm_bias) if w.norm1 is ABSENT else (w.norm1, w.norm1_bias)
     n_ND = layer_norm(x_ND, *norm, eps=cfg.layer_norm_epsilon, name="norm1")
     groups, shared = cfg.num_key_value_heads, cfg.num_attention_heads // cfg.num_key_value_heads
@@ -139,7 +139,7 @@ def pre(w: Layer, x_ND: Tensor, rot: tuple[Tensor, Tensor], cfg: Config) -> tupl
     q_NGHK, k_NG1K, v_NG1K = qkv.split([shared, 1, 1], dim=2)
     # Between the queries of two groups lie a key and a value: with more than one group, flattening copies.
     q_NHK, k_NGK = rope(q_NGHK.flatten(1, 2), k_NG1K.squeeze(2), *rot, name="rope")
-    return q_NHK, k_NGK, v_NG1K.squeeze(2)
+    return x_ND, q_NHK, k_NGK, v_NG1K.squeeze(2)
 
 
 def post(w: Layer, x_ND: Tensor, o_NHK: Tensor, cfg: Config) -> tuple[Tensor, Any]:

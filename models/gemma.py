@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from unsloth_core.ops.add_rms_norm import add_rms_norm
 from unsloth_core.ops.embedding import embedding
 from unsloth_core.ops.glu_linear import glu_linear
 from unsloth_core.ops.linear import linear
@@ -170,24 +171,26 @@ def embed(w: Weights, tokens_N: Tensor, cfg: Config) -> Tensor:
     return embedding(tokens_N, w.embed, scale=cfg.hidden_size**0.5)
 
 
-def pre(w: Layer, x_ND: Tensor, rot: tuple[Tensor, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Everything before attention; token-local."""
-    n_ND = norm(x_ND, w.norm1, cfg, "norm1")
+def pre(w: Layer, x_ND: Tensor, rot: tuple[Tensor, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Everything before attention, token-local: the stream as it came, q, k and v."""
+    x_ND, n_ND = add_rms_norm(x_ND, ABSENT, w.norm1, **norm_options(cfg), name="norm1")
     if w.q_norm is ABSENT:
-        return linear_rope(n_ND, w.qkv, *rot, **heads(cfg), name="qkv")
+        return x_ND, *linear_rope(n_ND, w.qkv, *rot, **heads(cfg), name="qkv")
     # Gemma 3
     q_NHK, k_NGK, v_NGK = split_heads(linear(n_ND, w.qkv, name="qkv"), cfg)
     q_NHK, k_NGK = qk_norm_rope(q_NHK, k_NGK, w.q_norm, w.k_norm, *rot, **norm_options(cfg), name="rope")
-    return q_NHK, k_NGK, v_NGK
+    return x_ND, q_NHK, k_NGK, v_NGK
 
 
 def post(w: Layer, x_ND: Tensor, o_NHK: Tensor, cfg: Config) -> tuple[Tensor, Any]:
     """Everything after attention; token-local. No statistics: the second value is ABSENT."""
     if w.norm3 is ABSENT:  # Gemma 1: products add to the stream
         mid_ND = linear(o_NHK.flatten(-2), w.o, add=x_ND, name="o")
-        return mlp(w, norm(mid_ND, w.norm2, cfg, "norm2"), add=mid_ND), ABSENT
+        mid_ND, n_ND = add_rms_norm(mid_ND, ABSENT, w.norm2, **norm_options(cfg), name="norm2")
+        return mlp(w, n_ND, add=mid_ND), ABSENT
     mid_ND = norm(linear(o_NHK.flatten(-2), w.o, name="o"), w.norm2, cfg, "norm2", add=x_ND)
-    return norm(mlp(w, norm(mid_ND, w.norm3, cfg, "norm3")), w.norm4, cfg, "norm4", add=mid_ND), ABSENT
+    mid_ND, n_ND = add_rms_norm(mid_ND, ABSENT, w.norm3, **norm_options(cfg), name="norm3")
+    return norm(mlp(w, n_ND), w.norm4, cfg, "norm4", add=mid_ND), ABSENT
 
 
 def mlp(w: Layer, n_ND: Tensor, add: Any = ABSENT) -> Tensor:

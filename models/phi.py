@@ -122,10 +122,10 @@ def embed(w: Weights, tokens_N: Tensor, cfg: Config) -> Tensor:
     return embedding(tokens_N, w.embed)
 
 
-def pre(w: Layer, x_ND: Tensor, rot: tuple[Tensor, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Everything before attention; token-local."""
-    n_ND = rms_norm(x_ND, w.norm1, eps=cfg.rms_norm_eps, name="norm1")
-    return linear_rope(n_ND, w.qkv, *rot, **heads(cfg), name="qkv")
+def pre(w: Layer, x_ND: Tensor, rot: tuple[Tensor, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Everything before attention, token-local: the stream as it came, q, k and v."""
+    x_ND, n_ND = add_rms_norm(x_ND, ABSENT, w.norm1, eps=cfg.rms_norm_eps, name="norm1")
+    return x_ND, *linear_rope(n_ND, w.qkv, *rot, **heads(cfg), name="qkv")
 
 
 def post(w: Layer, x_ND: Tensor, o_NHK: Tensor, cfg: Config) -> tuple[Tensor, Any]:

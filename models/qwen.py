@@ -154,15 +154,15 @@ def embed(w: Weights, tokens_N: Tensor, cfg: Config) -> Tensor:
     return embedding(tokens_N, w.embed)
 
 
-def pre(w: Layer, x_ND: Tensor, rot: tuple[Tensor, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Everything before attention; token-local."""
-    n_ND = rms_norm(x_ND, w.norm1, eps=cfg.rms_norm_eps, name="norm1")
+def pre(w: Layer, x_ND: Tensor, rot: tuple[Tensor, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Everything before attention, token-local: the stream as it came, q, k and v."""
+    x_ND, n_ND = add_rms_norm(x_ND, ABSENT, w.norm1, eps=cfg.rms_norm_eps, name="norm1")
     if w.q_norm is ABSENT:
-        return linear_rope(n_ND, w.qkv, *rot, w.qkv_bias, **heads(cfg), name="qkv")
+        return x_ND, *linear_rope(n_ND, w.qkv, *rot, w.qkv_bias, **heads(cfg), name="qkv")
     # Qwen 3
     q_NHK, k_NGK, v_NGK = split_heads(linear(n_ND, w.qkv, w.qkv_bias, name="qkv"), cfg)
     q_NHK, k_NGK = qk_norm_rope(q_NHK, k_NGK, w.q_norm, w.k_norm, *rot, eps=cfg.rms_norm_eps, name="rope")
-    return q_NHK, k_NGK, v_NGK
+    return x_ND, q_NHK, k_NGK, v_NGK
 
 
 def post(w: Layer, x_ND: Tensor, o_NHK: Tensor, cfg: Config, valid_N: Any = ABSENT) -> tuple[Tensor, Any]:

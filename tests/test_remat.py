@@ -22,6 +22,7 @@ from unsloth_core.autodiff import (
     vjp,
 )
 from unsloth_core.ops import nf4
+from unsloth_core.ops.add_rms_norm import add_rms_norm
 from unsloth_core.ops.glu import glu
 from unsloth_core.ops.linear import linear
 from unsloth_core.ops.linear_cross_entropy import linear_cross_entropy
@@ -36,6 +37,13 @@ POLICIES = [{}, {"up": SAVE}, {"act": SAVE}, {"up": SAVE, "down": SAVE}, {"norm"
 def layer(w, x):
     h = glu(linear(rms_norm(x, w["norm"], name="norm"), w["up"], name="up"), name="act")
     return linear(h, w["down"], add=x, name="down")
+
+
+def passing(w, x):
+    """The same with the stream through its norm, twice."""
+    x, n = add_rms_norm(x, ABSENT, w["norm"], name="norm")
+    x, n = add_rms_norm(linear(glu(linear(n, w["up"], name="up"), name="act"), w["down"], add=x), ABSENT, w["norm"])
+    return linear(glu(linear(n, w["up"])), w["down"], add=x, name="down")
 
 
 def weights(seed=0, layers=2):
@@ -65,6 +73,36 @@ def test_every_policy_gives_the_bits_of_none(policy, name):
     assert torch.equal(value, value_p)
     for (path, a), (_, b) in zip(tree.items(grads), tree.items(grads_p), strict=True):
         assert torch.equal(a, b), path
+
+
+@pytest.mark.parametrize("name", backend.NAMES)
+@pytest.mark.parametrize("policy", [{}, {"norm": SAVE}, {"norm": OFFLOAD, "act": SAVE}, {"up": SAVE}, 1, 4], ids=str)
+def test_a_stream_that_passes_through_an_op(policy, name):
+    """It is an argument and an output: kept once, there for whoever reads it behind a call that does not run again, not
+    copied by tiles."""
+    x0 = torch.randn(N, D, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    layers = remat(passing, policy) if isinstance(policy, dict) else tiled(passing, policy, name="layer")
+
+    def f(ws, through):
+        x = x0
+        for w in ws:
+            x = through(w, x)
+        return x.square().mean()
+
+    with backend.using(name):
+        value, grads = value_and_grad(f)(weights(), passing)
+        value_p, grads_p = value_and_grad(f)(weights(), layers)
+    if isinstance(policy, dict):
+        assert torch.equal(value, value_p)
+    for (path, a), (_, b) in zip(tree.items(grads), tree.items(grads_p), strict=True):
+        assert torch.equal(a, b) if isinstance(policy, dict) else torch.allclose(a, b, rtol=1e-5, atol=1e-6), path
+
+
+def test_tiles_do_not_copy_rows_that_pass_through():
+    x = torch.randn(N, D, device=DEVICE)
+    fn = tiled(lambda w, x: add_rms_norm(x, ABSENT, w), 2, name="norm")
+    through, y = fn(torch.ones(D, device=DEVICE), x)
+    assert through.data_ptr() == x.data_ptr() and y.shape == x.shape and torch.equal(through, x)
 
 
 def test_the_last_product_is_never_replayed_and_the_report_says_so():

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import backend, offload, tracing, tree
-from .device import is_fake
+from .device import beyond_arguments, is_fake
 from .segments import Segments
 from .tree import ABSENT, Tree
 from .weights import Head, Weight
@@ -215,9 +215,7 @@ class _Call:
             listener("backward", self.op, self.name, (residuals, cotangent), statics, tree_of_needs)
         if _any_fake(present):
             given, spec = tree.flatten((residuals, cotangent))
-            gradients = tracing.opaque(
-                lambda ts: bwd(*tree.unflatten(ts, spec), needs=tree_of_needs, **statics), given
-            )
+            gradients = tracing.opaque(lambda ts: bwd(*tree.unflatten(ts, spec), needs=tree_of_needs, **statics), given)
         else:
             gradients = bwd(residuals, cotangent, needs=tree_of_needs, **statics)
         if self.spec.flat:
@@ -728,6 +726,7 @@ def once(of: Tensor, make: Callable[[], Tensor], *, again: bool) -> Tensor:
 
     For what forward and backward of an op both read: a decoded NF4 weight. ``again``: whether the op's backward will
     ask once more, after this; what nobody asks for any more is forgotten, as everything is with the layer."""
+    beyond_arguments()  # whether it is made depends on the calls before
     memo = _memo.get()
     if memo is None:
         return _made(make)
@@ -774,10 +773,11 @@ def tiled(
     """``fn(w, *rows)`` run on ``size`` rows at a time: one call ``name`` to a policy, which keeps its arguments alone.
 
     ``fn`` is made of ops and views, and every leaf of ``rows`` and of what it returns has the rows as its first
-    dimension, each depending on no other: a token-local function. ``sums``, where given, says of each entry of
-    the tuple that ``fn`` returns whether it is a sum over rows instead. What is alive in the middle of ``fn``,
-    forward and backward, is that of one tile. Gradients of ``w`` are added up over tiles in fp32, in order; those of
-    rows are as without tiles, as far as the products inside give a row the same bits among fewer others.
+    dimension, each depending on no other: a token-local function. Rows that it returns as they came are not copied.
+    ``sums``, where given, says of each entry of the tuple that ``fn`` returns whether it is a sum over rows instead.
+    What is alive in the middle of ``fn``, forward and backward, is that of one tile. Gradients of ``w`` are added up
+    over tiles in fp32, in order; those of rows are as without tiles, as far as the products inside give a row the same
+    bits among fewer others.
     Backward replays a tile under autograd, but for what nobody needs again (see :func:`remat`). ``decode_once`` as
     there, here for the span of all tiles. Raises ValueError for a size below 1 or an output without the rows."""
     if size < 1:
@@ -804,6 +804,7 @@ class _Tiles:
         self.fn, self.size, self.name, self.sums, self.decode_once = fn, size, name, sums, decode_once
         self.backend: str | None = None
         self.added: list[bool] = []  # of each tensor that comes out: is it a sum over rows?
+        self.passed: list[int | None] = []  # and which one of the rows it is, if any
         self.entries: dict[int, list[_Entry]] = {}  # rows of a tile -> its calls
         self.out_spec: Any = None
 
@@ -828,17 +829,19 @@ class _Tiles:
                 found, self.out_spec = tree.flatten(out)
                 self.entries[here.stop - here.start] = tape.finish(found)
                 if not whole:
-                    self.added, whole = self._begin(out, here.stop, tree.leaves(rows)[0].shape[0])
-                for target, t, added in zip(whole, found, self.added, strict=True):
+                    self.added, whole = self._begin(out, part, here.stop, tree.leaves(rows))
+                for target, t, added, passed in zip(whole, found, self.added, self.passed, strict=True):
                     if added:
                         target.add_(t)
-                    else:
+                    elif passed is None:
                         target[here] = t
                 del out, found, part
         return tuple(whole), (w, rows)
 
-    def _begin(self, out: Any, rows: int, count: int) -> tuple[list[bool], list[Tensor]]:
-        """Room for all rows of what ``rows`` of them gave, and which of it is a sum."""
+    def _begin(
+        self, out: Any, part: Tree, rows: int, given: Sequence[Tensor]
+    ) -> tuple[list[bool], list[Tensor]]:  # fmt: skip
+        """Room for all rows of what ``part``, ``rows`` of them, gave, and which of it is a sum."""
         of_entries = [(entry, False) for entry in (out if isinstance(out, tuple) else (out,))]
         if self.sums:
             of_entries = list(zip(out, self.sums, strict=True))
@@ -847,7 +850,12 @@ class _Tiles:
             if not added and (t.ndim == 0 or t.shape[0] != rows):
                 got = f"a tensor of shape {tuple(t.shape)} for {rows} rows"
                 raise ValueError(f"tiled: {self.name} returns {got}, expected (rows, ...)")
-        whole = [torch.zeros_like(t) if added else t.new_empty((count, *t.shape[1:])) for t, added in leaves]
+        parts, count = tree.leaves(part), given[0].shape[0]
+        self.passed = [next((i for i, p in enumerate(parts) if p is t), None) for t, _ in leaves]
+        whole = [
+            given[i] if i is not None else torch.zeros_like(t) if added else t.new_empty((count, *t.shape[1:]))
+            for (t, added), i in zip(leaves, self.passed, strict=True)
+        ]
         return [added for _, added in leaves], whole
 
     def tiled_bwd(self, residuals: Tree, cotangents: tuple[Any, ...], *, needs: Tree) -> tuple[Any, Any]:
