@@ -113,26 +113,27 @@ def test_a_gradient_of_other_strides_is_another_kind(uses):
     assert uses
 
 
-def doubled(x, *, needs, times=2):
+def halves(x, *, needs, both=False, zero=False):
     out = torch.empty_like(x)
-    if times == 0:
+    if zero:
         out.fill_(0)
-    return out.view(-1), (x, out if times == 3 else ABSENT)
+    return (out.view(-1)[:6], out.view(-1)[6:].view(2, 3)), (x, out if both else ABSENT)
 
 
-def test_what_is_returned_as_a_view_is_allocated_in_its_shape(uses):
-    f = prepared.prepared(doubled)
+@pytest.mark.parametrize("both", [False, True])
+def test_views_of_new_memory_are_returned(both, uses):
+    f = prepared.prepared(halves)
     for _ in range(4):
-        view, (x, _) = f(rand(3, 4), needs=(True,))
-        assert view.shape == (12,) and x.shape == (3, 4)
+        (a, b), (x, whole) = f(rand(3, 4), needs=(True,), both=both)
+        assert a.shape == (6,) and b.shape == (2, 3) and b.data_ptr() == a.data_ptr() + 24
+        assert x.shape == (3, 4) and (whole is ABSENT or whole.data_ptr() == a.data_ptr())
     assert len(uses) == 2
 
 
-@pytest.mark.parametrize("times", [0, 3])
-def test_more_than_memory_or_one_tensor_in_two_shapes_is_never_prepared(times, uses):
-    f = prepared.prepared(doubled)
+def test_what_asks_for_more_than_memory_is_never_prepared(uses):
+    f = prepared.prepared(halves)
     for _ in range(4):
-        f(rand(3, 4), needs=(True,), times=times)
+        f(rand(3, 4), needs=(True,), zero=True)
     assert not uses
 
 
@@ -164,6 +165,22 @@ def test_nodes_are_arguments_too(uses):
     assert len(uses) == 4
 
 
+def test_a_prepared_function_inside_another_is_seen_through(uses):
+    """Its launches are the other's too."""
+
+    def twice(x, *, needs):
+        return softmax(softmax(x, needs=needs)[0], needs=needs)[0], ()
+
+    softmax = sys.modules["unsloth_core.ops.softmax"].softmax_fwd
+    for _ in range(4):
+        softmax(rand(5, 48), needs=(True,))
+    f = prepared.prepared(twice)
+    for _ in range(4):
+        x = rand(5, 48)
+        torch.testing.assert_close(f(x, needs=(True,))[0], x.softmax(-1).softmax(-1))
+    assert len(uses) == 2 + 2 + 2  # of softmax alone; inside the first call; the last two
+
+
 def test_forgetting(uses):
     for _ in range(3):
         ops.softmax(rand(5, 48))
@@ -189,9 +206,7 @@ def test_python_calls_of_an_op(gradients, budget, monkeypatch):
     """What a call costs the host, as a number that any machine can count: calls of Python functions in this thread. Of
     forward and backward PyTorch's own ``grad`` makes about 27; on a GPU backward's are another thread's."""
     real = prepared._Prepared.__init__
-    monkeypatch.setattr(
-        prepared._Prepared, "__init__", lambda self, index, makes, launches, pick: real(self, index, makes, [], pick)
-    )
+    monkeypatch.setattr(prepared._Prepared, "__init__", lambda self, *a: real(self, *a[:3], [], a[4]))
     x, w, dy = rand(5, 48).requires_grad_(gradients), rand(48).requires_grad_(gradients), rand(5, 48)
     calls = []
 

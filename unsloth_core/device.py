@@ -156,8 +156,16 @@ def launches(where: Tensor) -> bool:
     return where.is_cuda or (_INTERPRETING and where.is_cpu)
 
 
+def beyond_arguments() -> None:
+    """Said by what depends on more than its arguments: what is being noted is not to be made again."""
+    if (noted := _noted.get()) is not None:
+        noted.append(None)
+
+
 def straight(index: int) -> bool:
-    """Whether :func:`again` may be used now: the device is the current one, and no profiler listens."""
+    """Whether :func:`again` may be used now: the device is the current one, and nobody wants to hear of launches."""
+    if _noted.get() is not None:
+        return False
     return _INTERPRETING or (index == torch.cuda.current_device() and not _profiled())
 
 
@@ -166,27 +174,46 @@ def again(
 ) -> Callable[[Any], None]:
     """A launch that was made, to be made again: ``pool -> None``, with ``pool[places[id(a)]]`` for every tensor ``a``.
 
-    Raises KeyError where that cannot be: for a tensor without a place or behind other arguments, a tuple or descriptor,
-    or a kernel that needs memory of its own."""
-    scalars = next((i for i, a in enumerate(args) if not (a is None or isinstance(a, Tensor))), len(args))
-    slots, rest = [places[id(a)] for a in args[:scalars]], args[scalars:]
-    if any(isinstance(a, Tensor | tuple) or hasattr(a, "block_shape") for a in rest):
+    Raises KeyError where that cannot be: for a tensor without a place, or a descriptor."""
+    if any(hasattr(a, "block_shape") for a in args):
         raise KeyError(kernel)
     if _INTERPRETING:
-        return lambda pool: kernel[grid](*[pool[i] for i in slots], *rest, **options)
+        values_of = _values(args, places, lambda t: t)
+        return lambda pool: kernel[grid](*values_of(pool), **options)
     index = next(a for a in args if isinstance(a, Tensor)).get_device()
     compiled, constexprs = _COMPILED[_key(index, kernel, args, options)]
-    run, function, packed, rest = compiled.run, compiled.function, compiled.packed_metadata, (*rest, *constexprs)
-    if compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
-        raise KeyError(kernel)
+    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
     x, y, z = (*grid, 1, 1)[:3]
     stream_of = torch._C._cuda_getCurrentRawStream
+    values_of = _values((*args, *constexprs), places, Tensor.data_ptr)
+
+    own_memory = compiled.metadata.global_scratch_size > 0
 
     def launch_again(pool: Any) -> None:
-        addresses = [None if (t := pool[i]) is None else t.data_ptr() for i in slots]
-        run(x, y, z, stream_of(index), function, packed, None, None, None, *addresses, *rest)
+        if own_memory:
+            triton.set_allocator(_allocate)
+        run(x, y, z, stream_of(index), function, packed, None, None, None, *values_of(pool))
 
     return launch_again
+
+
+def _values(args: tuple[Any, ...], places: Mapping[int, int], of: Callable[[Tensor], Any]) -> Callable[[Any], Any]:
+    """``pool -> args`` with ``of`` every tensor of the pool in its place; tensors also stand in tuples."""
+    end = 1 + max((i for i, a in enumerate(args) if isinstance(a, Tensor | tuple)), default=-1)
+    front, rest = args[:end], args[end:]
+    if all(a is None or isinstance(a, Tensor) for a in front):
+        slots = [places[id(a)] for a in front]
+        return lambda pool: (*[None if (t := pool[i]) is None else of(t) for i in slots], *rest)
+    each: list[Callable[[Any], Any]] = []
+    for a in front:
+        if isinstance(a, tuple):
+            each.append(_values(a, places, of))
+        elif isinstance(a, Tensor):
+            place = places[id(a)]
+            each.append(lambda pool, i=place: of(pool[i]))
+        else:
+            each.append(lambda _, a=a: a)
+    return lambda pool: (*[value(pool) for value in each], *rest)
 
 
 def _find(call: Any, index: int, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> _Found | None:

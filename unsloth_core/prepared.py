@@ -8,7 +8,7 @@ allocations and launches are made without running it: a dictionary, ``torch.empt
 
 It is what a CUDA graph is for a stream, made for the host alone: addresses are those of the call, memory is allocated
 anew, and streams, captures, autograd and the allocator see what they would see otherwise. What cannot be prepared runs
-as ever: a function that asks PyTorch for more than new memory and views, a kernel that reads a view beginning elsewhere
+as ever: a function that asks PyTorch for more than new memory and views, a kernel that takes a view beginning elsewhere
 than an argument, arguments that are fake or of a subclass or that share memory. What this saves is in perf/LOG.md."""
 
 import functools
@@ -26,22 +26,27 @@ from .tree import ABSENT, Tree
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _KINDS_KEPT = 4096  # per function; a run of a model has a few
+_CONSTANTS = (ABSENT, None)
 _SEEN, _NEVER = object(), object()
 _known: list[dict[Any, Any]] = []  # of each function, by kind: a _Prepared, _SEEN or _NEVER
 
 
 class _Prepared:
-    """What one kind of call does: ``make`` new tensors, ``launch``, and ``pick`` the result out of all there is."""
+    """What one kind of call does: ``make`` new tensors, ``launch``, take ``views``, ``pick`` the result out of all."""
 
-    __slots__ = ("index", "launches", "makes", "pick")
+    __slots__ = ("index", "launches", "makes", "pick", "views")
 
-    def __init__(self, index: int, makes: list[Any], launches: list[Any], pick: Callable[[Any], Any]) -> None:
-        self.index, self.makes, self.launches, self.pick = index, makes, launches, pick
+    def __init__(
+        self, index: int, makes: list[Any], views: list[Any], launches: list[Any], pick: Callable[[Any], Any]
+    ) -> None:
+        self.index, self.makes, self.views, self.launches, self.pick = index, makes, views, launches, pick
 
     def __call__(self, given: Sequence[Any]) -> Any:
-        pool = (*given, *[make() for make in self.makes], ABSENT, None)
+        pool = (*given, *[make() for make in self.makes], *_CONSTANTS)
         for launch in self.launches:
             launch(pool)
+        if self.views:
+            pool += tuple([pool[i].as_strided(*form) for i, *form in self.views])
         return self.pick(pool)
 
 
@@ -98,12 +103,10 @@ def forget() -> None:
 
 
 _aten = torch.ops.aten
-_NEW = {
-    _aten.empty.memory_format,
-    _aten.empty_like.default,
-    _aten.empty_strided.default,
-    _aten.new_empty.default,
-    _aten.new_empty_strided.default,
+_NEW = {  # what makes new tensors, and what makes them again
+    **dict.fromkeys((_aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default), torch.empty),
+    **dict.fromkeys((_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default), torch.zeros),
+    **dict.fromkeys((_aten.ones.default, _aten.ones_like.default, _aten.new_ones.default), torch.ones),
 }
 
 
@@ -113,12 +116,14 @@ class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.made: list[Tensor] = []
+        self.by: list[Callable[..., Tensor]] = []
         self.more = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in _NEW:
+        if func in _NEW and out.is_contiguous():
             self.made.append(out)
+            self.by.append(_NEW[func])
         elif not func.is_view:
             self.more = True
         return out
@@ -128,25 +133,25 @@ def _watched(f: Any, args: Any, given: list[Any], needs: Any, statics: Any) -> t
     """The result of a call, and how to do the same without it, or _NEVER."""
     with _Watch() as watch, device.noting() as launches:
         result = f(*args, needs=needs, **statics)
-    pool = [*given, *watch.made, ABSENT, None]
+    pool = [*given, *watch.made, *_CONSTANTS]
     places = {id(value): i for i, value in enumerate(pool)}
-    memory = {t.data_ptr(): (i, t) for i, t in enumerate(pool) if isinstance(t, Tensor)}
-    if watch.more or 0 in memory or len(memory) < sum(isinstance(t, Tensor) for t in pool):
+    starts = {t.data_ptr(): i for i, t in enumerate(pool) if isinstance(t, Tensor)}
+    if watch.more or None in launches or 0 in starts or len(starts) < sum(isinstance(t, Tensor) for t in pool):
         return result, _NEVER
-    # Kernels may be given a view, and PyTorch may hand out another object for the same new memory: by their address.
-    for t in [t for _, _, values, _ in launches for t in values if isinstance(t, Tensor)]:
-        if id(t) not in places and t.data_ptr() in memory:
-            places[id(t)] = memory[t.data_ptr()][0]
-    forms = dict(enumerate(watch.made, len(given)))  # new tensors, in the shapes that are returned: kernels see none
-    returned: set[int] = set()
-    for t in [t for t in tree.leaves(result) if isinstance(t, Tensor)]:
-        i, _ = memory.get(t.data_ptr(), (-1, t))
-        if i in forms:
-            alike = t.dtype == forms[i].dtype and t.is_contiguous() and forms[i].is_contiguous()
-            if not alike or t.numel() != forms[i].numel() or (i in returned and t.shape != forms[i].shape):
-                return result, _NEVER
-            places[id(t)], forms[i] = i, t
-            returned.add(i)
+    # Kernels do not see shapes: a view that begins where a tensor does is that tensor.
+    for t in [t for _, _, values, _ in launches for t in tree.leaves(values) if isinstance(t, Tensor)]:
+        if id(t) not in places and t.data_ptr() in starts:
+            places[id(t)] = starts[t.data_ptr()]
+    # PyTorch may hand out another object for the same new memory, and what is returned may be a view of it.
+    new = {t.untyped_storage()._cdata: i for i, t in enumerate(watch.made, len(given))}
+    views = []
+    for t in [t for t in tree.leaves(result) if isinstance(t, Tensor) and id(t) not in places]:
+        i = new.get(t.untyped_storage()._cdata, -1)
+        if i >= 0 and t.dtype == pool[i].dtype:
+            places[id(t)] = i
+            if (t.shape, t.stride(), t.storage_offset()) != (pool[i].shape, pool[i].stride(), 0):
+                places[id(t)] = len(pool) + len(views)
+                views.append((i, tuple(t.shape), t.stride(), t.storage_offset()))
     try:
         again = [device.again(kernel, grid, values, options, places) for kernel, grid, values, options in launches]
         pick = _picker(result, places)
@@ -154,10 +159,12 @@ def _watched(f: Any, args: Any, given: list[Any], needs: Any, statics: Any) -> t
         return result, _NEVER
     makes = [
         functools.partial(torch.empty_strided, tuple(t.shape), t.stride(), dtype=t.dtype, device=t.device)
-        for t in forms.values()
+        if by is torch.empty  # which takes longer
+        else functools.partial(by, tuple(t.shape), dtype=t.dtype, device=t.device)
+        for by, t in zip(watch.by, watch.made, strict=True)
     ]
     index = next(t for t in pool if isinstance(t, Tensor)).get_device()
-    return result, _Prepared(index, makes, again, pick)
+    return result, _Prepared(index, makes, views, again, pick)
 
 
 def _picker(value: Tree, places: dict[int, int]) -> Callable[[Any], Any]:
