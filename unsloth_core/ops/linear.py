@@ -39,6 +39,7 @@ from torch import Tensor
 from .. import tree
 from ..autodiff import Spare, custom_vjp, once
 from ..cost import Cost
+from ..prepared import prepared
 from ..tree import ABSENT
 from ..weights import NF4, Adapted, LoRA, Stacked, Weight, shape
 from . import low_rank, low_rank_dropout, nf4, nf4_matvec
@@ -46,6 +47,7 @@ from .checks import check_device, check_dtype
 from .product import choose, product
 
 
+@prepared
 def linear_fwd(
     x_NC: Tensor, w: Weight, bias: Tensor | Any = ABSENT, add: Tensor | Any = ABSENT, *, needs: Any
 ) -> tuple[Tensor, tuple[Any, Weight, Any]]:
@@ -81,6 +83,7 @@ def linear_fwd(
     return y.view(y_shape), (x_NC if keeps_x else ABSENT, w, Spare(value=u_NR) if keeps_u else ABSENT)
 
 
+@prepared
 def linear_bwd(residuals: tuple[Any, Weight, Any], dy_NM: Tensor, *, needs: Any) -> tuple[Any, Any, Any, Any]:
     """``dx``, a gradient node shaped like ``w``, ``dbias`` and ``dadd`` (which is ``dy``); see the formulas above."""
     x_NC, w, spare = residuals
