@@ -18,11 +18,13 @@ address; fewer than 2^30 rows. A cotangent that two strides and a column stride 
 
 How: rows of up to 16384 numbers stay in registers, several rows per program when they are short. Longer ones are
 walked twice: first every lane keeps the maximum of its own columns and the sum of exponentials below it, rescaled
-when the maximum rises, and lanes are merged at the end; then the result is written. Backward walks likewise. The
-second walk is meant to hit L2, so all warps of a multiprocessor share one or two rows: of 128256 numbers in bf16
-132 rows are 34 MB. Compiled for sm_90 by Triton 3.6.0, in bf16 at widths of 4096 and 8192: 31 and 32 registers
-forward, 48 and 49 backward (walks: 46 and 32), no spills, loads and stores of 16 bytes. Where 16 does not divide
-the width or the distance of rows, they are 2 bytes wide.
+once for its neighbours when the maximum rises, and lanes are merged at the end; then, from the end of the row back,
+the result is written. Backward walks likewise. The second walk is meant to hit L2, so all warps of a multiprocessor
+share one row, what is to be read again stays there longer than what is not, and results do not stay: of 128256
+numbers in bf16 132 rows are 34 MB. (Backward reads two of them, 68 MB, and L2 is 50.) Compiled for sm_90 by Triton
+3.6.0, in bf16 at widths of 4096 and 8192: 31 and 32 registers forward, 48 and 49 backward (walks: 50 and 57), no
+spills, loads and stores of 16 bytes. Where 16 does not divide the width or the distance of rows, they are 2 bytes
+wide.
 
 Sources of ideas: online softmax, Milakov & Gimelshein (arXiv 1805.02867).
 """
@@ -46,11 +48,10 @@ from .rms_norm import (
     check_rows,
     cotangent_row_strides,
     row_offset,
-    stages,
     whole_rows,
 )
 
-_WALK = 8192  # block in which rows too long for registers are walked: 16 bytes a thread in bf16
+LANES = 1024  # threads that walk a row too long for registers, 32 bytes each at a time
 
 # ---------------------------------------------------------------------------- kernels
 
@@ -71,28 +72,36 @@ def _forward(
 
 
 @triton.jit
+def _tile(tile, LANES: tl.constexpr, VEC: tl.constexpr):
+    """Columns of a tile, VEC neighbours a lane."""
+    return tile * (LANES * VEC) + tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
 def _forward_long(
-    x_ptr, y_ptr, D, inner, x_outer, x_inner, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, y_ptr, D, inner, x_outer, x_inner, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """One row, walked twice: maximum and sum by lanes, then the result."""
+    """One row, walked twice: maximum and sum by lanes, then, from the end back, the result."""
     row = tl.program_id(0)
     x_ptr += row_offset(row, inner, x_outer, x_inner)
-    highest = tl.full([BLOCK], float("-inf"), tl.float32)
-    sums = tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(0, D, BLOCK, num_stages=STAGES):
-        col = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + col, col < D, other=float("-inf")).to(tl.float32)
-        raised = tl.maximum(highest, x)
+    y_ptr += row.to(tl.int64) * D
+    tiles = tl.cdiv(D, LANES * VEC)
+    highest = tl.full([LANES], float("-inf"), tl.float32)
+    sums = tl.zeros([LANES], tl.float32)
+    for tile in range(tiles):
+        col = _tile(tile, LANES, VEC)
+        x = tl.load(x_ptr + col, col < D, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+        raised = tl.maximum(highest, tl.max(x, axis=1))
         level = tl.where(raised == float("-inf"), 0.0, raised)  # -inf - (-inf) is NaN, and e^(-inf - 0) is 0
-        sums = sums * tl.exp(highest - level) + tl.exp(x - level)
+        sums = sums * tl.exp(highest - level) + tl.sum(tl.exp(x - level[:, None]), axis=1)
         highest = raised
     m = tl.max(highest, axis=0)
     scale = tl.div_rn(1.0, tl.sum(sums * tl.exp(highest - m), axis=0))  # NaN if m is -inf
-    for start in tl.range(0, D, BLOCK, num_stages=STAGES):
-        col = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + col, col < D, other=float("-inf")).to(tl.float32)
-        y = tl.exp(x - m) * scale
-        tl.store(y_ptr + row.to(tl.int64) * D + col, cast(y, y_ptr.dtype.element_ty), col < D)
+    for back in range(tiles):
+        col = _tile(tiles - 1 - back, LANES, VEC)
+        x = tl.load(x_ptr + col, col < D, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+        y = cast(tl.exp(x - m) * scale, y_ptr.dtype.element_ty)
+        tl.store(y_ptr + col, y, col < D, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -114,24 +123,27 @@ def _backward(
 @triton.jit
 def _backward_long(
     y_ptr, dy_ptr, dx_ptr, D, inner, y_outer, y_inner, dy_outer, dy_inner, dy_col,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """One row, walked twice: Σ dy ∘ y, then the result."""
+    """One row, walked twice: Σ dy ∘ y, then, from the end back, the result."""
     row = tl.program_id(0)
     y_ptr += row_offset(row, inner, y_outer, y_inner)
     dy_ptr += row_offset(row, inner, dy_outer, dy_inner)
-    products = tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(0, D, BLOCK, num_stages=STAGES):
-        col = start + tl.arange(0, BLOCK)
-        y = tl.load(y_ptr + col, col < D, other=0.0).to(tl.float32)
-        products += y * tl.load(dy_ptr + col.to(tl.int64) * dy_col, col < D, other=0.0).to(tl.float32)
-    total = tl.sum(products, axis=0)
-    for start in tl.range(0, D, BLOCK, num_stages=STAGES):
-        col = start + tl.arange(0, BLOCK)
-        y = tl.load(y_ptr + col, col < D, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + col.to(tl.int64) * dy_col, col < D, other=0.0).to(tl.float32)
-        dx = y * (dy - total)
-        tl.store(dx_ptr + row.to(tl.int64) * D + col, cast(dx, dx_ptr.dtype.element_ty), col < D)
+    dx_ptr += row.to(tl.int64) * D
+    tiles = tl.cdiv(D, LANES * VEC)
+    products = tl.zeros([LANES, VEC], tl.float32)
+    for tile in range(tiles):
+        col = _tile(tile, LANES, VEC)
+        at = col.to(tl.int64) * dy_col
+        y = tl.load(y_ptr + col, col < D, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        products += y * tl.load(dy_ptr + at, col < D, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    total = tl.sum(tl.sum(products, axis=1), axis=0)
+    for back in range(tiles):
+        col = _tile(tiles - 1 - back, LANES, VEC)
+        at = col.to(tl.int64) * dy_col
+        y = tl.load(y_ptr + col, col < D, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        dy = tl.load(dy_ptr + at, col < D, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        tl.store(dx_ptr + col, cast(y * (dy - total), dx_ptr.dtype.element_ty), col < D, eviction_policy="evict_first")
 
 
 # ---------------------------------------------------------------------------- op
@@ -157,7 +169,7 @@ def softmax_fwd(x: Tensor, *, needs: Any) -> tuple[Tensor, tuple[Any]]:
     else:
         launch(
             _forward_long, (rows,), x, y, D, inner, *x_rows,
-            BLOCK=_WALK, STAGES=stages(_WALK * x.element_size()), num_warps=32, enable_fp_fusion=True,
+            LANES=LANES, VEC=32 // x.element_size(), num_warps=LANES // 32, enable_fp_fusion=True,
         )  # fmt: skip
     return y, (y if needs[0] else ABSENT,)
 
@@ -182,8 +194,7 @@ def softmax_bwd(residuals: tuple[Any], dy: Tensor, *, needs: Any) -> tuple[Any]:
         else:
             launch(
                 _backward_long, (rows,), y, dy, dx, D, inner, *y_rows, *dy_rows, dy.stride(-1),
-                BLOCK=_WALK, STAGES=stages(_WALK * (y.element_size() + dy.element_size())),
-                num_warps=32, enable_fp_fusion=True,
+                LANES=LANES, VEC=32 // y.element_size(), num_warps=LANES // 32, enable_fp_fusion=True,
             )  # fmt: skip
     return (dx,)
 
