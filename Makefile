@@ -45,8 +45,11 @@ gate: $(VENV)/.installed-test .triton-$(OTHER_TRITON)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$(OTHER_TRITON)
 	@touch $@
 
+# No network and no environment of its own: whatever Python, and whatever PYTHONPATH, that machine has.
+gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest $(ARGS)
+	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu needs a CUDA GPU, and torch sees none")'
+	env -u TRITON_INTERPRET $(PYTHON) -m pytest $(ARGS)
 
 # The model comes first, so that no output of pip lands in a notebook; no bars and no times, so that diffs show results.
 notebooks: export OMP_WAIT_POLICY := PASSIVE
