@@ -45,7 +45,10 @@ KNOBS = {
     ("embedding", "_tile"): ("embedding",),
     ("logits_row", "ONE_PASS_LANES"): ("cross_entropy",),
     ("logits_row", "TWO_PASS_LANES"): ("linear_cross_entropy",),
+    ("layer_norm", "forward_tile"): ("layer_norm",),
+    ("softmax", "LANES"): ("softmax_wide",),
     ("nf4", "_WORDS"): ("nf4_dequantize",),
+    ("nf4", "_QUANTIZED"): ("nf4_quantize",),
     ("nf4_matvec", "configuration"): ("nf4_matvec",),
     ("dropout", "_BLOCK"): ("dropout",),
 }
