@@ -219,18 +219,19 @@ def _memory_bound() -> Iterator[Case]:
 
 
 def _in_heads(linear_rope: Callable[..., Any]) -> Callable[..., Any]:
-    """linear_rope of a weight in three parts, whose heads have as many channels as two times the angles."""
+    """linear_rope with four query heads to a key head, each with twice as many channels as there are angles."""
 
-    def call(x: Tensor, w: Adapted, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        K = 2 * cos.shape[1]
-        return linear_rope(x, w, cos, sin, heads=w.rows[0] // K, kv_heads=w.rows[1] // K)
+    def call(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        groups = w.shape[0] // (12 * cos.shape[1])
+        return linear_rope(x, w, cos, sin, heads=4 * groups, kv_heads=groups)
 
     return call
 
 
-def _linear_then_rope(x: Tensor, w: Adapted, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+def _linear_then_rope(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     """linear_rope as three calls."""
-    q, k, v = (part.unflatten(1, (-1, 2 * cos.shape[1])) for part in uc.linear(x, w).split(w.rows, dim=1))
+    groups = w.shape[0] // (12 * cos.shape[1])
+    q, k, v = uc.linear(x, w).unflatten(1, (6 * groups, -1)).split([4 * groups, groups, groups], dim=1)
     return *uc.rope(q, k, cos, sin), v
 
 
@@ -367,17 +368,14 @@ def _products() -> Iterator[Case]:
         op="linear_rope",  # tokens, query heads, key heads, head size, C
         shapes=((4096, 32, 8, 128, 4096),),
         small=(512, 32, 8, 128, 4096),
-        tiny=(8, 2, 1, 8, 64),
-        make=lambda r, N, H, G, K, C: (
-            *(r.normal(N, C), adapted(r, (H * K, G * K, G * K), C)),
-            *_angles(r, N, K // 2),
-        ),
-        wanted=lambda x, w, *_: [x, *(leaf for part in w.parts for leaf in (part.a, part.b))],
+        tiny=(8, 4, 1, 8, 64),
+        make=lambda r, N, H, G, K, C: (r.normal(N, C), r.matrix((H + 2 * G) * K, C), *_angles(r, N, K // 2)),
+        wanted=lambda x, w, *_: [x],
         ours=_in_heads(uc.linear_rope),
         peers={"torch": _in_heads(backend.reference("linear_rope")), "linear, rope": _linear_then_rope},
         costs=lambda args, N, H, G, K, C: {
             "fwd": _cost("linear_rope")(N, args[1], H, G, K // 2),
-            "bwd": lora_costs(args, N, (H + 2 * G) * K, C)["bwd"] + Cost(bytes=4 * N * (H + 2 * G) * K, flops=0),
+            "bwd": linear(N, args[1]) + Cost(bytes=4 * N * (H + 2 * G) * K, flops=0),
         },
     )
     yield Case(
@@ -385,8 +383,8 @@ def _products() -> Iterator[Case]:
         shapes=((4096, 4096, 14336),),
         small=(512, 4096, 14336),
         tiny=(8, 16, 64),
-        make=lambda r, N, M, F: (r.normal(N, 2 * F), adapted(r, (M,), F)),
-        wanted=lambda x, w: [x, *(leaf for part in w.parts for leaf in (part.a, part.b))],
+        make=lambda r, N, M, F: (r.normal(N, 2 * F), r.matrix(M, F)),
+        wanted=lambda x, w: [x],
         ours=uc.glu_linear,
         peers={
             "torch": backend.reference("glu_linear"),
@@ -394,7 +392,7 @@ def _products() -> Iterator[Case]:
         },
         costs=lambda args, N, M, F: {
             "fwd": _cost("glu_linear")(N, args[1], F),
-            "bwd": lora_costs(args, N, M, F)["bwd"] + Cost(bytes=12 * N * F, flops=12 * N * F),
+            "bwd": linear(N, args[1]) + _cost("glu")(N, F, 2, backward=True),
         },
     )
     yield Case(
