@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))  # so that a plain checkout is enough
 
 from perf import ops, run  # noqa: E402
 from perf.ops import Case, Shape  # noqa: E402
+from unsloth_core import prepared  # noqa: E402
 
 # Which globals of unsloth_core/ops/<file>.py hold launch parameters, and the cases whose speed they decide.
 KNOBS = {
@@ -116,6 +117,7 @@ class Knob:
 
 def _forget(modules: Sequence[Any]) -> None:
     """What functions of ops have computed from the knob before."""
+    prepared.forget()
     for module in modules:
         for value in vars(module).values():
             if isinstance(value, functools._lru_cache_wrapper):
