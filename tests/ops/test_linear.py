@@ -127,6 +127,17 @@ def test_dropout_of_adapters_inputs(n, ranks, p, dtype, frozen):
     check_op(ops.linear, args, frozen=lambda path: frozen in path, factor=FACTOR[dtype], judge=judge)
 
 
+@pytest.mark.parametrize("frozen", ["", ".base", ".a"])
+@pytest.mark.parametrize("ranks", [(16, 5), (0, 20)])
+def test_one_pass_over_dy_keeps_the_rule(ranks, frozen, monkeypatch):
+    monkeypatch.setattr(low_rank, "BOTH_SIDES", 1)
+    dtype, rows = torch.bfloat16, (40, 24)
+    parts = tuple(lora(m, 72, r, 6 + i, dtype) if r else ABSENT for i, (m, r) in enumerate(zip(rows, ranks)))
+    w = Adapted(base=base_of("dense", rows, 72, dtype, 5), parts=parts, rows=rows)
+    args = (rand((2, 65, 72), dtype, seed=1), w, rand((64,), dtype, seed=2), rand((2, 65, 64), dtype, seed=3))
+    check_op(ops.linear, args, frozen=lambda path: bool(frozen) and frozen in path, judge=eager)
+
+
 @pytest.mark.parametrize("path, kind", [("pointers", "dense"), ("descriptors", "stacked"), ("cublas", "stacked")])
 def test_every_path_keeps_the_rule(path, kind, monkeypatch):
     for module in (ops, products):
@@ -173,7 +184,10 @@ def test_integers_are_exact_in_every_configuration(path, name):
         assert torch.equal(all_terms.double(), want), (dtype, layout, rows, cols, inner)
 
 
-@pytest.mark.parametrize("name", [n for n in low_rank.CONFIGS if (n == "interpreted") == device.interpreting()])
+PASSES = [n for n in low_rank.CONFIGS if n != "both sides" and (n == "interpreted") == device.interpreting()]
+
+
+@pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("ranks", [(16,), (8,), (33,), (16, 16, 16), (5, 0, 40)])
 @pytest.mark.parametrize("n, aligned", [(200, True), (67, False)])
 def test_thin_passes_are_exact_in_every_configuration(name, ranks, n, aligned, monkeypatch):
@@ -200,13 +214,11 @@ def test_thin_passes_are_exact_in_every_configuration(name, ranks, n, aligned, m
     want_u, want_t = x.double() @ a.double().T, dy.double() @ v.double()
     want_b = [True for _ in which.parts]
     for overlap in (False,) if device.interpreting() else (False, True) * 10:
-        how = low_rank.cut(which, n, True, want_b, DEVICE, beside=overlap)
-        u, t, a_RC, arrived = low_rank.onto_ranks(
-            which, x, dy, pack="a", tiles=how.counters, overlap=overlap
-        )
+        how = low_rank.cut(which, n, True, want_b, DEVICE)
+        u, t, a_RC, arrived = low_rank.onto_ranks(which, x, dy, pack="a", tiles=how.counters, overlap=overlap)
         assert torch.equal(u.double(), want_u) and torch.equal(t.double(), want_t) and torch.equal(a_RC.float(), a)
         assert torch.equal(low_rank.onto_ranks(which, x, ABSENT, pack="v")[2].float(), v)
-        da, db = low_rank.gradients(which, x, t, dy, u, arrived, how.partials(dy), how, want_b)
+        da, db = low_rank.gradients(which, x, t, dy, u, arrived, how, want_b)
         assert torch.equal(torch.cat(da).double(), (want_t.T @ x.double())[:low])
         low_i = 0
         for g, start, m, r in zip(db, which.starts, which.rows, which.ranks, strict=True):
@@ -214,6 +226,36 @@ def test_thin_passes_are_exact_in_every_configuration(name, ranks, n, aligned, m
             low_i += r
     monkeypatch.undo()
     [f() for f in clear]
+
+
+@pytest.mark.parametrize("ranks, rows", [((16, 16), (768, 768)), ((16,), (600,)), ((1, 16, 5), (64, 300, 7))])
+@pytest.mark.parametrize("n", [200, 1024])
+def test_both_sides_of_dy_are_exact(ranks, rows, n):
+    """t and every dB of one pass, and the packed a, for integers, which leave no rounding; always the same bits."""
+    if device.interpreting():
+        rows, n = tuple(m // 4 for m in rows), n // 4
+    generator = torch.Generator().manual_seed(n)
+
+    def ones(*shape):
+        return (torch.rand(shape, generator=generator) * 3 - 1.5).round().to(DEVICE)
+
+    c = 40
+    parts = tuple(LoRA(a=ones(r, c), b=ones(m, r), scale=2.0) for m, r in zip(rows, ranks))
+    which = low_rank.adapters(Adapted(base=ABSENT, parts=parts, rows=rows), (sum(rows), c))
+    big = ones(n, sum(rows) + 16).bfloat16()
+    u = torch.zeros(n, which.width, device=DEVICE).bfloat16()
+    u[:, : sum(ranks)] = ones(n, sum(ranks))
+    for dy in (big[:, 8:-8], big[:, 8:-8].T.contiguous().T):
+        for _ in range(1 if device.interpreting() else 10):
+            t, a_RC, db = low_rank.both_sides(which, dy, u, pack=True)
+            low = start = 0
+            for part, m, r, g in zip(parts, rows, ranks, db, strict=True):
+                dy_i, ranks_i = dy[:, start : start + m].double(), slice(low, low + r)
+                assert torch.equal(t[:, ranks_i].double(), 2 * dy_i @ part.b.double())
+                assert torch.equal(g.double(), 2 * dy_i.T @ u[:, ranks_i].double())
+                assert torch.equal(a_RC[ranks_i].float(), part.a)
+                low, start = low + r, start + m
+            assert not t[:, low:].any() and not a_RC[low:].any()
 
 
 def integers(rows: int, cols: int, dtype: torch.dtype, transposed: int | bool) -> torch.Tensor:

@@ -64,14 +64,14 @@ def linear_fwd(
     flat = add if add is ABSENT else _matrix(add, "add")
     coded = not needs[0] and _stays_coded(x, base)
     dense_MC = ABSENT if coded else dense(base, x.dtype, again=needs[0])  # before what overlaps
-    update, overlap, blocks, dropped, u_NR = ABSENT, "", None, False, ABSENT
+    update, overlap, blocks, dropped, u_NR = ABSENT, False, None, False, ABSENT
     if isinstance(w, Adapted) and any(part is not ABSENT for part in parts):
         which, dropped = low_rank.adapters(w, (m, c)), isinstance(w.key, Tensor)
         if dropped:
             u_NR, v_MR = low_rank_dropout.forward(w, which, x)
         else:
-            overlap = "update" if _overlaps(which, x, coded) else ""
-            u_NR, _, v_MR, _ = low_rank.onto_ranks(which, x, ABSENT, pack="v", overlap=bool(overlap))
+            overlap = _overlaps(which, x, coded)
+            u_NR, _, v_MR, _ = low_rank.onto_ranks(which, x, ABSENT, pack="v", overlap=overlap)
         update, blocks = (u_NR, v_MR.T), which.blocks
     if coded:
         y = _product_with_codes(x, base, bias, flat, update)
@@ -87,14 +87,15 @@ def linear_fwd(
 def linear_bwd(residuals: tuple[Any, Weight, Any], dy_NM: Tensor, *, needs: Any) -> tuple[Any, Any, Any, Any]:
     """``dx``, a gradient node shaped like ``w``, ``dbias`` and ``dadd`` (which is ``dy``); see the formulas above."""
     x_NC, w, spare = residuals
-    dense_MC = dense(_open(w)[0], dy_NM.dtype, again=False) if needs[0] else ABSENT  # before what overlaps
-    thin = _thin(w, dy_NM, needs, beside=True)
-    if thin.how is not ABSENT and thin.how.beside:
-        dw, dbias = weight_gradient(w, x_NC, spare, dy_NM, thin, needs=needs)
-        dx = _dx(dy_NM, dense_MC, thin)
-    else:
-        dx = _dx(dy_NM, dense_MC, thin)
-        dw, dbias = weight_gradient(w, x_NC, spare, dy_NM, thin, needs=needs)
+    _, needs_parts, _ = _open(needs[1])
+    u_NR = ABSENT
+    if isinstance(w, Adapted) and _wanted(needs_parts, "b") and not isinstance(w.key, Tensor):
+        which = low_rank.adapters(w, shape(w))
+        whole = all(_wanted((needs_parts[i],), "b") for i in which.index)
+        if whole and low_rank.takes_both_sides(which, _rows(dy_NM)):
+            u_NR = _u(which, x_NC, spare)
+    dx, thin = input_gradient(w, dy_NM, needs=needs, u_NR=u_NR)
+    dw, dbias = weight_gradient(w, x_NC, spare, dy_NM, thin, needs=needs)
     return dx, dw, dbias, dy_NM if needs[3] is True else ABSENT
 
 
@@ -103,58 +104,48 @@ class Thin(NamedTuple):
 
     which: Any = ABSENT  # low_rank.Adapters
     t: Any = ABSENT  # (N, R), with dropout one (N, r_i) per adapter
-    a: Any = ABSENT  # (R, C), for dx
-    add: Any = ABSENT  # (N, C), with dropout: what the adapters add to dx
-    overlap: str = ""  # of dx with the launch before it
     how: Any = ABSENT  # low_rank.Split
     arrived: Any = ABSENT  # zeros that the last program of a tile knows itself by
-    partials: Any = ABSENT
+    db: Any = ABSENT  # all dB_i, if they came with t
 
 
-def input_gradient(w: Weight, dy_NM: Tensor, *, needs: Any) -> tuple[Any, Thin]:
-    """The half of :func:`linear_bwd` that needs nothing of x: ``dx`` (..., C), ABSENT if not needed, and thin sides."""
-    dense_MC = dense(_open(w)[0], dy_NM.dtype, again=False) if needs[0] else ABSENT  # before what overlaps
-    thin = _thin(w, dy_NM, needs, beside=False)
-    return _dx(dy_NM, dense_MC, thin), thin
+def input_gradient(w: Weight, dy_NM: Tensor, *, needs: Any, u_NR: Any = ABSENT) -> tuple[Any, Thin]:
+    """The half of :func:`linear_bwd` that needs nothing of x: ``dx`` (..., C), ABSENT if not needed, and thin sides.
 
-
-def _thin(w: Weight, dy_NM: Tensor, needs: Any, *, beside: bool) -> Thin:
-    """``beside``: the adapters' gradients may be made beside dx."""
+    With ``u_NR``, all dB_i come from the same pass over dy as t.
+    """
     (m, c), dy = shape(w), _rows(dy_NM)
-    _, parts, _ = _open(w)
-    needs_base, needs_parts, _ = _open(needs[1])
+    base, parts, _ = _open(w)
+    _, needs_parts, _ = _open(needs[1])
     wants_a, wants_b = _wanted(needs_parts, "a"), _wanted(needs_parts, "b")
-    if not isinstance(w, Adapted) or all(part is ABSENT for part in parts) or not (needs[0] or wants_a or wants_b):
-        return Thin()
-    which = low_rank.adapters(w, (m, c))
-    if isinstance(w.key, Tensor):
-        add, t = low_rank_dropout.input_gradient(w, which, dy, needs[0], wants_a)
-        return Thin(which, t, add=add)
-    want_b = [_wanted((needs_parts[i],), "b") for i in which.index]
-    descriptors = needs[0] and "descriptors" == choose(
-        dy.shape[0], c, dy.dtype, dy.device, update=True, gradient=False
-    )  # fmt: skip
-    beside = beside and descriptors and (wants_a or wants_b) and needs[2] is not True and not tree.any(needs_base)
-    how = low_rank.cut(
-        which, dy.shape[0], wants_a, want_b, dy.device, beside=beside and low_rank.gradients_beside(which)
-    )  # fmt: skip
-    if not needs[0] and not wants_a:
-        return Thin(which, how=how, arrived=dy.new_zeros(how.counters, dtype=torch.int32), partials=how.partials(dy))
-    overlap = descriptors and not how.beside and low_rank.beside(which, m)
-    _, t, a_RC, arrived = low_rank.onto_ranks(
-        which, ABSENT, dy, pack="a" if needs[0] else "", tiles=how.counters, overlap=overlap
-    )  # fmt: skip
-    when = "apart" if how.beside else "update" if overlap else ""
-    return Thin(which, t, a_RC, overlap=when, how=how, arrived=arrived, partials=how.partials(dy))
-
-
-def _dx(dy_NM: Tensor, dense_MC: Any, thin: Thin) -> Any:
-    """``dy W + t a``, or ABSENT without W."""
-    if dense_MC is ABSENT:
-        return ABSENT
-    update = (thin.t, thin.a) if isinstance(thin.a, Tensor) else ABSENT
-    dx = product(_rows(dy_NM), dense_MC, add=thin.add, update=update, overlap=thin.overlap)
-    return dx.view(*dy_NM.shape[:-1], dense_MC.shape[1])
+    dense_MC = dense(base, dy.dtype, again=False) if needs[0] else ABSENT  # before what overlaps
+    add = update = ABSENT
+    overlap, thin = False, Thin()
+    if isinstance(w, Adapted) and any(part is not ABSENT for part in parts) and (needs[0] or wants_a or wants_b):
+        which = low_rank.adapters(w, (m, c))
+        want_b = [_wanted((needs_parts[i],), "b") for i in which.index]
+        if isinstance(w.key, Tensor):
+            add, t = low_rank_dropout.input_gradient(w, which, dy, needs[0], wants_a)
+            thin = Thin(which, t)
+        elif u_NR is not ABSENT and (needs[0] or wants_a):
+            t, a_RC, db = low_rank.both_sides(which, dy, u_NR, pack=needs[0])
+            how = low_rank.cut(which, dy.shape[0], wants_a, [False for _ in want_b], dy.device)
+            update, thin = (t, a_RC), Thin(which, t, how, dy.new_zeros(how.counters, dtype=torch.int32), db)
+        else:
+            how = low_rank.cut(which, dy.shape[0], wants_a, want_b, dy.device)
+            if needs[0] or wants_a:
+                path = choose(dy.shape[0], c, dy.dtype, dy.device, update=True, gradient=False)
+                overlap = path == "descriptors" and needs[0] and low_rank.beside(which, m)
+                _, t, a_RC, arrived = low_rank.onto_ranks(
+                    which, ABSENT, dy, pack="a" if needs[0] else "", tiles=how.counters, overlap=overlap
+                )  # fmt: skip
+                update = (t, a_RC)
+            else:
+                t, arrived = ABSENT, dy.new_zeros(how.counters, dtype=torch.int32)
+            thin = Thin(which, t, how, arrived)
+    if not needs[0]:
+        return ABSENT, thin
+    return product(dy, dense_MC, add=add, update=update, overlap=overlap).view(*dy_NM.shape[:-1], c), thin
 
 
 def weight_gradient(w: Weight, x_NC: Any, spare: Any, dy_NM: Tensor, thin: Thin, *, needs: Any) -> tuple[Any, Any]:
@@ -168,16 +159,19 @@ def weight_gradient(w: Weight, x_NC: Any, spare: Any, dy_NM: Tensor, thin: Thin,
     dw = d_base = dbias = ABSENT
     d_parts = tuple(ABSENT for _ in parts)
     if isinstance(w, Adapted) and wants_parts:
-        want_a, want_b = ([_wanted((needs_parts[i],), leaf) for i in thin.which.index] for leaf in "ab")
+        which, db = thin.which, thin.db
+        want_a, want_b = ([_wanted((needs_parts[i],), leaf) for i in which.index] for leaf in "ab")
         if isinstance(w.key, Tensor):
-            da, db = low_rank_dropout.gradients(w, thin.which, x, dy, thin.t, want_a, want_b)
+            da, db = low_rank_dropout.gradients(w, which, x, dy, thin.t, want_a, want_b)
+        elif db is not ABSENT:
+            da = [ABSENT for _ in which.parts]
+            if wants_a:
+                da, _ = low_rank.gradients(which, x, thin.t, dy, ABSENT, thin.arrived, thin.how, [False for _ in db])
         else:
-            inputs, u_NR = x if wants_a else ABSENT, spare.value if spare is not ABSENT else ABSENT
-            if u_NR is ABSENT and any(want_b):
-                u_NR = low_rank.onto_ranks(thin.which, x, ABSENT, pack="", overlap=_overlaps(thin.which, x, False))[0]
-            room = (thin.arrived, thin.partials)
-            da, db = low_rank.gradients(thin.which, inputs, thin.t, dy, u_NR, *room, thin.how, want_b)
-        d_parts = _adapter_gradients(thin.which, needs_parts, da, db)
+            u_NR = _u(which, x_NC, spare) if any(want_b) else ABSENT
+            inputs = x if wants_a else ABSENT
+            da, db = low_rank.gradients(which, inputs, thin.t, dy, u_NR, thin.arrived, thin.how, want_b)
+        d_parts = _adapter_gradients(which, needs_parts, da, db)
     if wants_base:
         d_base = _weight_gradient(base, needs_base, x, dy)
     if isinstance(w, Adapted) and (wants_base or wants_parts):
@@ -188,6 +182,14 @@ def weight_gradient(w: Weight, x_NC: Any, spare: Any, dy_NM: Tensor, thin: Thin,
         # A row of ones that takes no memory: the sum over tokens is a product too, fp32 and in fixed order.
         dbias = product(dy.new_ones(1).expand(1, dy.shape[0]), dy, gradient=True).view(-1)
     return dw, dbias
+
+
+def _u(which: Any, x_NC: Tensor, spare: Any) -> Tensor:
+    """u as forward kept it, or made again, to the same bits."""
+    if spare is not ABSENT and spare.value is not ABSENT:
+        return spare.value
+    x = _matrix(x_NC, "x")
+    return low_rank.onto_ranks(which, x, ABSENT, pack="", overlap=_overlaps(which, x, False))[0]
 
 
 linear = custom_vjp(linear_fwd, linear_bwd)

@@ -183,12 +183,30 @@ def _onto_ranks_kernel(
 
 
 @triton.jit
-def _gradient_tile(
-    tile, split, splits, x, t, dy, u, out, partials, arrived, scales, starts, rows, ranks,
+def _sum_shares(
+    acc, at, inside, partials, arrived, tile, split, splits, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Put down one share of a tile's sum; the last of its programs to arrive adds all of them in their order."""
+    inner = tl.arange(0, BLOCK_R)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    mine = partials + tile.to(tl.int64) * splits * BLOCK_C * BLOCK_R + inner
+    tl.store(mine + split * BLOCK_C * BLOCK_R, acc)
+    tl.debug_barrier()  # all threads have stored before one of them counts
+    if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == splits - 1:
+        tl.debug_barrier()
+        total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        for s in range(splits):
+            total += tl.load(mine + s * BLOCK_C * BLOCK_R, cache_modifier=".cg")
+        tl.store(at, total, mask=inside)
+
+
+@triton.jit
+def _gradients_kernel(
+    x, t, dy, u, out, partials, arrived, scales, starts, rows, ranks,
     N, C, R, x_n, x_c, dy_n, dy_m, chunk, a_tiles, all_ranks, b_offset,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One tile of dA (columns of x, ranks) or of a dB_i (columns of dy, ranks of i), over ``chunk`` of the tokens."""
+    tile = tl.program_id(0)
     of_a = tile < a_tiles
     # What the tile is made of: columns from ``start`` on of src, ranks from ``low`` on of thin, how many, the place.
     src = tl.where(of_a, x, dy)
@@ -219,6 +237,7 @@ def _gradient_tile(
     c_inside = (c < width)[None, :]
     r_inside = (r < count)[:, None]
 
+    split = tl.program_id(1)
     columns = src + (start + c).to(tl.int64)[None, :] * src_c
     ranks_at = thin + (low + r)[:, None]
     acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
@@ -229,35 +248,102 @@ def _gradient_tile(
         acc = dot(thin_tile, src_tile, acc)
     acc *= scale
     at = c.to(tl.int64)[None, :] * tl.where(of_a, 1, count) + r.to(tl.int64)[:, None] * tl.where(of_a, C, 1)
+    at = out + place + at
     if SPLIT:
-        inner = tl.arange(0, BLOCK_R)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-        mine = partials + tile.to(tl.int64) * splits * BLOCK_C * BLOCK_R + inner
-        tl.store(mine + split * BLOCK_C * BLOCK_R, acc)
-        tl.debug_barrier()  # all threads have stored before one of them counts
-        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == splits - 1:
-            tl.debug_barrier()
-            total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-            for s in range(splits):
-                total += tl.load(mine + s * BLOCK_C * BLOCK_R, cache_modifier=".cg")
-            tl.store(out + place + at, total, mask=c_inside & r_inside)
+        _sum_shares(
+            acc, at, c_inside & r_inside, partials, arrived, tile, split, tl.num_programs(1), BLOCK_R, BLOCK_C
+        )  # fmt: skip
     else:
-        tl.store(out + place + at, acc, mask=c_inside & r_inside)
+        tl.store(at, acc, mask=c_inside & r_inside)
 
 
 @triton.jit
-def _gradients_kernel(
-    x, t, dy, u, out, partials, arrived, scales, starts, rows, ranks,
-    N, C, R, x_n, x_c, dy_n, dy_m, chunk, a_tiles, all_ranks, b_offset, tiles, splits,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+def _both_sides_kernel(
+    dy, b, u, t_parts, out, partials, arrived, scales, starts, rows, ranks, N, R, dy_n, dy_m, chunk,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Every tile's every share of the tokens; beside a product, few programs walk over them."""
-    if PDL:
-        gdc_launch_dependents()
-    for job in range(tl.program_id(0), tiles * splits, tl.num_programs(0)):
-        _gradient_tile(
-            job % tiles, job // tiles, splits, x, t, dy, u, out, partials, arrived, scales, starts, rows, ranks,
-            N, C, R, x_n, x_c, dy_n, dy_m, chunk, a_tiles, all_ranks, b_offset, BLOCK_C, BLOCK_N, BLOCK_R, SPLIT,
+    """Columns of dy that belong to one adapter, over ``chunk`` of the tokens: their rows of dB_i, and what they add
+    to t, which :func:`_sum_t_kernel` adds up."""
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    b_i, start, width, low, count, first_tile, scale = b[0], starts[0], rows[0], 0, ranks[0], 0, scales[0]
+    place = tl.zeros((), tl.int64)
+    next_tile = tl.cdiv(rows[0], BLOCK_C)
+    next_low = ranks[0]
+    next_place = (tl.zeros((), tl.int64) + rows[0]) * ranks[0]
+    for i in tl.static_range(1, len(b)):
+        here = tile >= next_tile
+        b_i = tl.where(here, b[i], b_i)
+        start = tl.where(here, starts[i], start)
+        width = tl.where(here, rows[i], width)
+        low = tl.where(here, next_low, low)
+        count = tl.where(here, ranks[i], count)
+        first_tile = tl.where(here, next_tile, first_tile)
+        scale = tl.where(here, scales[i], scale)
+        place = tl.where(here, next_place, place)
+        next_tile += tl.cdiv(rows[i], BLOCK_C)
+        next_low += ranks[i]
+        next_place += (tl.zeros((), tl.int64) + rows[i]) * ranks[i]
+    c = (tile - first_tile) * BLOCK_C + tl.arange(0, BLOCK_C)
+    r = tl.arange(0, BLOCK_R)
+    c_inside = (c < width)[None, :]
+    r_inside = (r < count)[:, None]
+    places = c.to(tl.int64)[None, :] * count + r[:, None]
+    b_tile = tl.load(b_i + places, mask=c_inside & r_inside, other=0.0).to(tl.float32) * scale
+    b_tile = cast(b_tile, dy.dtype.element_ty)
+    columns = dy + (start + c).to(tl.int64)[None, :] * dy_m
+    ranks_at = u + (low + r)[:, None]
+    t_at = t_parts + tile.to(tl.int64) * N * BLOCK_R + r[:, None]
+    acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for first in range(split * chunk, tl.minimum(split * chunk + chunk, N), BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        dy_tile = tl.load(columns + n.to(tl.int64)[:, None] * dy_n, mask=c_inside & (n < N)[:, None], other=0.0)
+        u_tile = tl.load(ranks_at + n.to(tl.int64)[None, :] * R, mask=r_inside & (n < N)[None, :], other=0.0)
+        acc = dot(u_tile, dy_tile, acc)
+        t_tile = dot(b_tile, dy_tile.T, tl.zeros((BLOCK_R, BLOCK_N), tl.float32))
+        tl.store(t_at + n.to(tl.int64)[None, :] * BLOCK_R, t_tile, mask=(n < N)[None, :])
+    acc *= scale
+    if SPLIT:
+        _sum_shares(
+            acc, out + place + places, c_inside & r_inside, partials, arrived, tile, split, tl.num_programs(1),
+            BLOCK_R, BLOCK_C,
         )  # fmt: skip
+    else:
+        tl.store(out + place + places, acc, mask=c_inside & r_inside)
+
+
+@triton.jit
+def _sum_t_kernel(
+    t_parts, t, a, a_packed, rows, ranks, N, C, R, jobs,
+    TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Programs below ``jobs``: some tokens' ranks of one adapter, over its tiles in their order. Others pack a."""
+    program = tl.program_id(0)
+    if program < jobs:
+        which = program % len(ranks)
+        n = (program // len(ranks)) * BLOCK_N + tl.arange(0, BLOCK_N)
+        r = tl.arange(0, BLOCK_R)
+        low, first, tiles, rank = 0, 0, tl.cdiv(rows[0], TILE), ranks[0]
+        end, next_first = ranks[0], tl.cdiv(rows[0], TILE)
+        for i in tl.static_range(1, len(ranks)):
+            low = tl.where(which == i, end, low)
+            first = tl.where(which == i, next_first, first)
+            tiles = tl.where(which == i, tl.cdiv(rows[i], TILE), tiles)
+            rank = tl.where(which == i, ranks[i], rank)
+            end += ranks[i]
+            next_first += tl.cdiv(rows[i], TILE)
+        past = tl.where(which == len(ranks) - 1, R - low, rank)  # the last adapter also has the zeros of the padding
+        inside = (n < N)[:, None]
+        at = t_parts + ((tl.zeros((), tl.int64) + first) * N + n)[:, None] * BLOCK_R + r[None, :]
+        total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        for _ in range(tiles):
+            total += tl.load(at, mask=inside, other=0.0)
+            at += (tl.zeros((), tl.int64) + N) * BLOCK_R
+        t_at = t + n.to(tl.int64)[:, None] * R + (low + r)[None, :]
+        tl.store(t_at, cast(total, t.dtype.element_ty), mask=inside & (r < past)[None, :])
+    else:
+        if a_packed is not None:
+            _pack_a(a, a_packed, ranks, C, program - jobs, _PACKED_COLUMNS)
 
 
 class Thin(NamedTuple):
@@ -274,14 +360,14 @@ CONFIGS = {
     "beside products": Thin(32, 64, 4, 4),  # as little shared memory as the product leaves
     "onto ranks, few tokens": Thin(16, 256, 4, 3),
     "gradients": Thin(64, 64, 4, 4),  # inner: columns of a tile
-    "gradients beside products": Thin(64, 64, 4, 3),
+    "both sides": Thin(64, 256, 8, 3),  # inner: columns of dy of a tile
     "interpreted": Thin(32, 64, 4, 2),
 }
 # The most columns of x and dy that are read beside the base product, on an H100 80GB HBM3 with Triton 3.6.0: forward at
 # 4096 x 4096 x 4096 then costs 1.11 x cuBLAS's plain product instead of 1.15. Longer passes, and those of several
 # adapters, hold up the first tiles more than they save.
 BESIDE = 8192
-BESIDE_GRADIENTS = 1 << 30
+BOTH_SIDES = 1 << 25  # the fewest elements of dy for which t and dB are made in one pass over it
 _RANKS = 32  # the most that one block has
 _PACKED_COLUMNS = tl.constexpr(256)  # of a, per program
 _PACKED_ROWS = tl.constexpr(64)  # of v, per program
@@ -371,11 +457,6 @@ def beside(which: Adapters, columns: int) -> bool:
     return len(which.parts) == 1 and columns <= BESIDE
 
 
-def gradients_beside(which: Adapters) -> bool:
-    """Whether dA and dB had better be made beside dx than after it."""
-    return sum(which.shape) >= BESIDE_GRADIENTS
-
-
 def onto_ranks(
     which: Adapters, x: Any, dy: Any, *, pack: str, tiles: int = 0, overlap: bool = False
 ) -> tuple[Any, Any, Any, Any]:
@@ -413,70 +494,102 @@ class Split(NamedTuple):
     ranks: int
     splits: int
     chunk: int
-    config: Thin
-    beside: bool  # run beside the product of dx, on every multiprocessor
 
     @property
     def counters(self) -> int:
         """How many tiles have several shares."""
         return self.a_tiles + self.b_tiles if self.splits > 1 else 0
 
-    def partials(self, like: Tensor) -> Any:
-        """Room for the shares of all tiles, if they have several."""
-        size = self.counters * self.splits * self.config.inner * self.ranks
-        return like.new_empty(size, dtype=torch.float32) if size else None
 
-
-def cut(
-    which: Adapters, n: int, want_a: bool, want_b: Sequence[bool], where: torch.device, *, beside: bool = False
-) -> Split:  # fmt: skip
+def cut(which: Adapters, n: int, want_a: bool, want_b: Sequence[bool], where: torch.device) -> Split:
     """A function of shapes and device alone, so that the same inputs give the same bits."""
-    return _cut(which.ranks, which.rows, which.shape[1], n, want_a, tuple(want_b), device.sms(where), beside)
+    return _cut(which.ranks, which.rows, which.shape[1], n, want_a, tuple(want_b), device.sms(where))
 
 
 @functools.cache
 def _cut(
-    ranks: tuple[int, ...], rows: tuple[int, ...], c: int, n: int, want_a: bool, want_b: tuple[bool, ...], sms: int,
-    beside: bool,
+    ranks: tuple[int, ...], rows: tuple[int, ...], c: int, n: int, want_a: bool, want_b: tuple[bool, ...], sms: int
 ) -> Split:  # fmt: skip
-    name = "gradients beside products" if beside else "gradients"
-    config = CONFIGS["interpreted" if device.interpreting() else name]
+    config = CONFIGS["interpreted" if device.interpreting() else "gradients"]
     block = min(_RANKS, device.next_power_of_2(max(16, sum(ranks) if want_a else max(ranks))))
     a_tiles = device.cdiv(c, config.inner) * device.cdiv(sum(ranks), block) if want_a else 0
     of_b = [device.cdiv(m, config.inner) * device.cdiv(r, block) for m, r in zip(rows, ranks, strict=True)]
     b_tiles = sum(itertools.compress(of_b, want_b))
-    # Two programs per multiprocessor, but no share of fewer than four steps.
-    splits = max(1, min(2 * sms // max(1, a_tiles + b_tiles), n // (4 * config.tokens)))
-    chunk = max(1, device.cdiv(device.cdiv(n, splits), config.tokens)) * config.tokens
-    return Split(a_tiles, b_tiles, block, max(1, device.cdiv(n, chunk)), chunk, config, beside)
+    return Split(a_tiles, b_tiles, block, *_shares(a_tiles + b_tiles, n, config.tokens, sms))
+
+
+def _shares(tiles: int, n: int, tokens: int, sms: int) -> tuple[int, int]:
+    """How many shares of the tokens, and how large: two programs per multiprocessor, but no fewer than four steps."""
+    splits = max(1, min(2 * sms // max(1, tiles), n // (4 * tokens)))
+    chunk = max(1, device.cdiv(device.cdiv(n, splits), tokens)) * tokens
+    return max(1, device.cdiv(n, chunk)), chunk
 
 
 def gradients(
-    which: Adapters, x: Any, t: Any, dy: Tensor, u: Any, arrived: Any, partials: Any, how: Split,
-    want_b: Sequence[bool],
+    which: Adapters, x: Any, t: Any, dy: Tensor, u: Any, arrived: Any, how: Split, want_b: Sequence[bool]
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
-    """``([dA_i], [dB_i])``, fp32, in one launch: every dA_i (without ``x`` none), those dB_i that ``want_b`` names.
-
-    ``arrived`` (zeros) and ``partials`` are ``how``'s; where they run beside the next launch, all arguments stay alive
-    until that is launched, too."""
-    (_, c), n, config = which.shape, dy.shape[0], how.config
+    """``([dA_i], [dB_i])``, fp32, in one launch: every dA_i (without ``x`` none), those dB_i that ``want_b`` names."""
+    config = CONFIGS["interpreted" if device.interpreting() else "gradients"]
+    (_, c), n = which.shape, dy.shape[0]
     total = sum(which.ranks)
     rows = tuple(rows if want else 0 for rows, want in zip(which.rows, want_b, strict=True))
     sizes = [total * c if how.a_tiles else 0, *(m * r for m, r in zip(rows, which.ranks, strict=True))]
     out = dy.new_empty(sum(sizes), dtype=torch.float32)
-    tiles, programs = how.a_tiles + how.b_tiles, (how.a_tiles + how.b_tiles) * how.splits
+    tiles, split = how.a_tiles + how.b_tiles, how.splits > 1
+    partials = dy.new_empty(tiles * how.splits * config.inner * how.ranks, dtype=torch.float32) if split else None
     thin = t if u is ABSENT else u
     device.launch(
-        _gradients_kernel, (min(programs, device.sms(dy.device)) if how.beside else programs,),
+        _gradients_kernel, (tiles, how.splits),
         dy if x is ABSENT else x, thin if t is ABSENT else t, dy, thin, out, partials,
-        arrived if how.splits > 1 else None, tuple(float(p.scale) for p in which.parts), which.starts, rows,
+        arrived if split else None, tuple(float(p.scale) for p in which.parts), which.starts, rows,
         which.ranks, n, c, thin.shape[1], *(dy if x is ABSENT else x).stride(), *dy.stride(), how.chunk, how.a_tiles,
-        total, sizes[0], tiles, how.splits,
-        BLOCK_C=config.inner, BLOCK_N=config.tokens, BLOCK_R=how.ranks, SPLIT=how.splits > 1,
-        PDL=how.beside and not device.interpreting(),
+        total, sizes[0],
+        BLOCK_C=config.inner, BLOCK_N=config.tokens, BLOCK_R=how.ranks, SPLIT=split,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     first, *each = out.split(sizes)
     da = list(first.view(total, c).split(which.ranks)) if how.a_tiles else [ABSENT for _ in which.parts]
     db = [g.view(m, r) if want else ABSENT for g, m, r, want in zip(each, rows, which.ranks, want_b, strict=True)]
     return da, db
+
+
+def takes_both_sides(which: Adapters, dy: Tensor) -> bool:
+    """Whether :func:`both_sides` takes these adapters, and dy is large enough for it to pay."""
+    return dy.numel() >= BOTH_SIDES and dy.dtype != torch.float32 and _block(which) <= _RANKS
+
+
+def _block(which: Adapters) -> int:
+    """Ranks of a tile that holds all of any adapter, and the padding of the last."""
+    return device.next_power_of_2(max(16, *which.ranks, which.width - sum(which.ranks[:-1])))
+
+
+def both_sides(which: Adapters, dy: Tensor, u: Tensor, *, pack: bool) -> tuple[Tensor, Any, list[Tensor]]:
+    """``(t, packed, [dB_i])`` from one pass over dy, ``packed`` a (R, C) in its dtype if wanted, dB in fp32.
+
+    Sums over columns (t) are put down in fp32 for every ``inner`` columns: 4·R bytes for their 2·inner of dy."""
+    config = CONFIGS["interpreted" if device.interpreting() else "both sides"]
+    (n, _), c, block = dy.shape, which.shape[1], _block(which)
+    tiles = sum(device.cdiv(m, config.inner) for m in which.rows)
+    splits, chunk = _shares(tiles, n, config.tokens, device.sms(dy.device))
+    sizes = [m * r for m, r in zip(which.rows, which.ranks, strict=True)]
+    out, t_parts = (dy.new_empty(size, dtype=torch.float32) for size in (sum(sizes), tiles * n * block))
+    partials = arrived = None
+    if splits > 1:
+        partials = dy.new_empty(tiles * splits * config.inner * block, dtype=torch.float32)
+        arrived = dy.new_zeros(tiles, dtype=torch.int32)
+    a, b, scales = zip(*[(p.a.contiguous(), p.b.contiguous(), float(p.scale)) for p in which.parts], strict=True)
+    device.launch(
+        _both_sides_kernel, (tiles, splits), dy, b, u, t_parts, out, partials, arrived, scales, which.starts,
+        which.rows, which.ranks, n, u.shape[1], *dy.stride(), chunk,
+        BLOCK_C=config.inner, BLOCK_N=config.tokens, BLOCK_R=block, SPLIT=splits > 1,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    t = dy.new_empty(n, which.width)
+    packed = dy.new_empty(which.width, c) if pack else None
+    jobs = device.cdiv(n, 32) * len(which.parts)
+    packing = which.width // 16 * device.cdiv(c, _PACKED_COLUMNS.value) if pack else 0
+    device.launch(
+        _sum_t_kernel, (jobs + packing,), t_parts, t, a, packed, which.rows, which.ranks, n, c, which.width, jobs,
+        TILE=config.inner, BLOCK_N=32, BLOCK_R=block, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return t, packed, [g.view(m, r) for g, m, r in zip(out.split(sizes), which.rows, which.ranks, strict=True)]

@@ -122,11 +122,6 @@ def _epilogue_by_tma(
     out.store([at_m, at_n + BLOCK_N // 2], cast(right, out.dtype))
 
 
-_FOR_UPDATE = tl.constexpr(1)
-_AT_END = tl.constexpr(2)
-_PDL = {"": 0, "update": _FOR_UPDATE.value, "apart": _AT_END.value}
-
-
 @triton.jit(do_not_specialize=["alpha"])
 def _product_kernel(
     a, b, c, d, out, bias, add, alpha,
@@ -168,8 +163,8 @@ def _descriptor_kernel(
     """The same for 16-byte aligned operands on Hopper: tiles come through the TMA unit, which also zeroes what lies
     outside, and one program per multiprocessor walks the tiles, loading the next while it stores the last. An operand
     marked _T is stored the other way around. The second product is one step of BLOCK_R ranks; where d is
-    block-diagonal, columns from ``ends[i]`` on begin after the first i ``ranks``. PDL: this launch
-    began while the one before was running, and waits for it when it needs c and d, or in the end."""
+    block-diagonal, columns from ``ends[i]`` on begin after the first i ``ranks``. PDL: c and d are the work of the
+    launch before, which may still be running when the first sums are made."""
     if A_T:
         a_tiles = tl.make_tensor_descriptor(a, [inner, rows], [a_stride, 1], [BLOCK_K, BLOCK_M])
     else:
@@ -198,7 +193,7 @@ def _descriptor_kernel(
                 y = b_tiles.load([k * BLOCK_K, at_n])
             acc = dot(x, y, acc)
         if c is not None:
-            if PDL == _FOR_UPDATE:
+            if PDL:
                 gdc_wait()
             low = 0
             if ends is not None:
@@ -219,8 +214,6 @@ def _descriptor_kernel(
                 acc, out, bias, add, alpha, at_m.to(tl.int64), at_n.to(tl.int64), rows, cols,
                 add_m, add_n, bias_n, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-    if PDL == _AT_END:
-        gdc_wait()
 
 
 @triton.jit
@@ -318,7 +311,7 @@ def product(
     alpha: float = 1.0,
     out_dtype: torch.dtype | None = None,
     gradient: bool = False,
-    overlap: str = "",
+    overlap: bool = False,
     path: str | None = None,
     config: Config | None = None,
 ) -> Tensor:
@@ -326,8 +319,8 @@ def product(
 
     ``a`` (rows, inner) and ``b`` (inner, cols) have any strides, so a transposed operand is a transposed view;
     ``update`` is the pair c (rows, rank), d (rank, cols); ``blocks`` says of a block-diagonal d how many columns and
-    ranks each of its blocks has. ``bias`` (cols,); ``add`` (rows, cols). ``overlap``: the launch before this one
-    lets this one begin beside it; it makes the "update", or has nothing to do with this product ("apart"). ``path`` and
+    ranks each of its blocks has. ``bias`` (cols,); ``add`` (rows, cols). ``overlap``: a launch before this one made
+    ``update``, and let this one begin without it. ``path`` and
     ``config`` override :func:`choose` and :func:`configuration`. "descriptors" means "pointers" for operands that TMA
     cannot address (unaligned, or strided both ways).
     """
@@ -361,7 +354,7 @@ def product(
         rank_of_tile = max(blocks[1])
     if all(layouts) and rank_of_tile <= _STEP_RANK and (c is None or c.stride(1) == 1):
         transposed, strides = zip(*layouts, strict=True)
-        programs, pdl = min(tiles, device.sms(where)), 0 if device.interpreting() else _PDL[overlap]
+        programs, pdl = min(tiles, device.sms(where)), overlap and not device.interpreting()
         options["BLOCK_R"] = device.next_power_of_2(max(16, rank_of_tile))
         device.launch(
             _descriptor_kernel,
