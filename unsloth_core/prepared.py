@@ -73,13 +73,12 @@ def prepared(f: _F) -> _F:
             elif what is tuple:
                 kind.append(len(t))
                 left += t[::-1]
-            else:
-                leaves, spec = tree.flatten(t)
-                if spec.kind is None:
-                    return f(*args, needs=needs, **statics)
+            elif (node := tree.opened(t)) is not None:
                 given.append(t)
-                kind.append(spec)
-                left += leaves[::-1]
+                kind += (what, node[1])
+                left += node[0][::-1]
+            else:
+                return f(*args, needs=needs, **statics)
         key = tuple(kind)
         found: Any = kinds.get(key)
         if found.__class__ is _Prepared and device.straight(found.index):

@@ -147,22 +147,51 @@ def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
 
 # Structures of tuples of leaves and holes, by the types of their members: what the arguments of most ops are.
 _FLAT: dict[tuple[type, ...], Spec] = {}
+_SPECS: dict[tuple[Any, ...], Spec] = {}  # all others, by what a walk from the top meets
+_SPECS_KEPT = 1024
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Spec]:
     """The leaves in a fixed order, and the structure that :func:`unflatten` puts them back into."""
     if tree.__class__ is tuple:
-        kinds = tuple([child.__class__ for child in tree])
-        flat = _FLAT.get(kinds)
+        flat = _FLAT.get(tuple([child.__class__ for child in tree]))
         if flat is not None:
             return (list(tree) if flat.num_leaves == len(tree) else [x for x in tree if x is not ABSENT]), flat
-        found: list[Any] = []
-        spec = _flatten(tree, found)
+    found: list[Any] = []
+    met: list[Any] = []
+    left = [tree]
+    while left:
+        value = left.pop()
+        node = _NODES.get(value.__class__)
+        if node is None:
+            found.append(value)
+            met.append(None)
+        elif value is ABSENT:
+            met.append(ABSENT)
+        else:
+            children = node.children(value)
+            met += (value.__class__, len(children), node.context(value))
+            left += children[::-1]
+    key = tuple(met)
+    try:
+        spec = _SPECS.get(key)
+    except TypeError:  # a static that has no hash
+        return found, _flatten(tree, [])
+    if spec is None:
+        spec = _flatten(tree, [])
         if spec.flat:
-            _FLAT[kinds] = spec
-        return found, spec
-    found = []
-    return found, _flatten(tree, found)
+            _FLAT[tuple([child.__class__ for child in tree])] = spec
+        else:
+            if len(_SPECS) >= _SPECS_KEPT:
+                _SPECS.clear()
+            _SPECS[key] = spec
+    return found, spec
+
+
+def opened(value: Tree) -> tuple[tuple[Any, ...], Any] | None:
+    """``(children, statics)`` of a node, None of a leaf."""
+    node = _NODES.get(value.__class__)
+    return None if node is None else (node.children(value), node.context(value))
 
 
 def _flatten(tree: Tree, found: list[Any]) -> Spec:
