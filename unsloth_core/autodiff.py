@@ -616,8 +616,9 @@ class _Replay:
         outputs: list[Tensor] = []
         for kind, what in entry.outputs:
             if kind == "lost":  # never read; NaN in case that is wrong
-                shape, dtype = what
-                outputs.append(torch.full((), float("nan"), device=leaves[0].device).to(dtype).expand(shape))
+                (shape, dtype), where = what, leaves[0].device
+                value = float("nan") if dtype.is_floating_point else 0
+                outputs.append(torch.full((), value, dtype=dtype, device=where).expand(shape))
             else:
                 outputs.append(leaves[what] if kind == "arg" else self.tensors[what].detach())
         pools = {"arg": leaves, "out": outputs, "kept": self.tensors, "none": (ABSENT,)}
