@@ -335,10 +335,11 @@ def _sum_t_kernel(
         past = tl.where(which == len(ranks) - 1, R - low, rank)  # the last adapter also has the zeros of the padding
         inside = (n < N)[:, None]
         at = t_parts + ((tl.zeros((), tl.int64) + first) * N + n)[:, None] * BLOCK_R + r[None, :]
+        tile = tl.arange(0, 8)[:, None, None]  # many loads on their way at once: they are all that takes time
         total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-        for _ in range(tiles):
-            total += tl.load(at, mask=inside, other=0.0)
-            at += (tl.zeros((), tl.int64) + N) * BLOCK_R
+        for begun in range(0, tiles, 8):
+            eight = at[None, :, :] + (begun + tile).to(tl.int64) * N * BLOCK_R
+            total += tl.sum(tl.load(eight, mask=inside[None, :, :] & (begun + tile < tiles), other=0.0), 0)
         t_at = t + n.to(tl.int64)[:, None] * R + (low + r)[None, :]
         tl.store(t_at, cast(total, t.dtype.element_ty), mask=inside & (r < past)[None, :])
     else:
