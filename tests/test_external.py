@@ -48,7 +48,12 @@ def test_loss():
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x, t))
     loss.backward()
 def test_weights():
-    LigerCrossEntropyFunction.apply(torch.randn(3, 8), torch.arange(3), torch.ones(8))
+    x, t, w = torch.randn(3, 8), torch.tensor([1, -100, 7]), torch.rand(8)
+    loss, z, accuracy, best = LigerCrossEntropyFunction.apply(x, t, w, -100, 0.1, 0.2, 'mean', None, True, True, True)
+    expected = torch.nn.functional.cross_entropy(x, t, w, label_smoothing=0.2)
+    torch.testing.assert_close(loss - z, expected)
+    torch.testing.assert_close(z, 0.1 * x.logsumexp(1)[[0, 2]].square().mean())
+    assert accuracy == (x.argmax(1) == t).float().sum() / 2 and best[0] == x[0].argmax()
 def test_kernel():
     liger_cross_entropy_kernel[(1,)]()
 """,
@@ -77,8 +82,7 @@ def test_attorch(tmp_path):
 def test_liger(tmp_path, capsys):
     assert run.main(["--liger", str(checkout(tmp_path, LIGER))]) == 0
     printed = capsys.readouterr().out
-    assert "test_cross_entropy.py: 1 passed, 2 skipped" in printed
-    assert "1 skipped: asks for weights of classes" in printed
+    assert "test_cross_entropy.py: 2 passed, 1 skipped" in printed
     assert "1 skipped: asks for the kernel liger_cross_entropy_kernel" in printed
 
 
