@@ -223,3 +223,12 @@ def test_python_calls_of_an_op(gradients, budget, monkeypatch):
     finally:
         sys.setprofile(None)
     assert len(calls) <= budget, calls
+
+
+def test_a_decoded_weight_is_never_prepared(uses):
+    """Within the backward of a layer it may have been decoded by an earlier call."""
+    w = ops.nf4.quantize(rand(64, 64))
+    for _ in range(4):
+        x = rand(16, 64).requires_grad_()  # too many to be multiplied with the codes
+        ops.linear(x, w).sum().backward()
+    assert not uses
