@@ -32,10 +32,10 @@ class Rates:
 
 H100 = Rates(
     name="H100 80GB HBM3",
-    product=660e12,
+    product=690e12,
     memory=2.4e12,
     link=50e9,
-    decode=1.8e12,
+    decode=2.6e12,
     attention=((0, 300e12, 200e12), (2048, 480e12, 330e12), (8192, 620e12, 450e12), (32768, 640e12, 470e12)),
     host=150e-6,
 )
