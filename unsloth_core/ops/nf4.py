@@ -86,16 +86,15 @@ def _over_absmax(x):
 @triton.jit
 def _above(x, midpoints):
     """How many of the 15 ascending numbers x lies above, four comparisons deep; a NaN is above all. int32."""
-    m = ()
-    for i in tl.static_range(15):
-        m = m + (tl.load(midpoints + i),)
-    a = ~(x <= m[7])
-    b = ~(x <= tl.where(a, m[11], m[3]))
-    low = tl.where(b, m[5], m[1])
-    high = tl.where(b, m[13], m[9])
-    c = ~(x <= tl.where(a, high, low))
-    low = tl.where(b, tl.where(c, m[6], m[4]), tl.where(c, m[2], m[0]))
-    high = tl.where(b, tl.where(c, m[14], m[12]), tl.where(c, m[10], m[8]))
+    m0, m1, m2, m3 = tl.load(midpoints), tl.load(midpoints + 1), tl.load(midpoints + 2), tl.load(midpoints + 3)
+    m4, m5, m6, m7 = tl.load(midpoints + 4), tl.load(midpoints + 5), tl.load(midpoints + 6), tl.load(midpoints + 7)
+    m8, m9, m10, m11 = tl.load(midpoints + 8), tl.load(midpoints + 9), tl.load(midpoints + 10), tl.load(midpoints + 11)
+    m12, m13, m14 = tl.load(midpoints + 12), tl.load(midpoints + 13), tl.load(midpoints + 14)
+    a = ~(x <= m7)
+    b = ~(x <= tl.where(a, m11, m3))
+    c = ~(x <= tl.where(a, tl.where(b, m13, m9), tl.where(b, m5, m1)))
+    low = tl.where(b, tl.where(c, m6, m4), tl.where(c, m2, m0))
+    high = tl.where(b, tl.where(c, m14, m12), tl.where(c, m10, m8))
     d = ~(x <= tl.where(a, high, low))
     return tl.where(a, 8, 0) + tl.where(b, 4, 0) + tl.where(c, 2, 0) + tl.where(d, 1, 0)
 
