@@ -57,6 +57,13 @@ def linear_fwd(
     but NF4. Raises ValueError for shapes, dtypes, devices or strides that do not fit, NotImplementedError for the
     gradient of an NF4 weight.
     """
+    return forward(x_NC, w, bias, add, needs=needs, sides=None)
+
+
+def forward(
+    x_NC: Tensor, w: Weight, bias: Any, add: Any, *, needs: Any, sides: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, tuple[Any, Weight, Any]]:
+    """:func:`linear_fwd`; ``sides`` are u_NR and v_MR, where who made x has made them too."""
     m, c = _check(x_NC, w, bias, add)
     x, y_shape = _matrix(x_NC, "x"), (*x_NC.shape[:-1], m)
     base, parts, _ = _open(w)
@@ -69,6 +76,8 @@ def linear_fwd(
         which, dropped = low_rank.adapters(w, (m, c)), isinstance(w.key, Tensor)
         if dropped:
             u_NR, v_MR = low_rank_dropout.forward(w, which, x)
+        elif sides is not None:
+            u_NR, v_MR = sides
         else:
             overlap = _overlaps(which, x, coded)
             u_NR, _, v_MR, _ = low_rank.onto_ranks(which, x, ABSENT, pack="v", overlap=overlap)

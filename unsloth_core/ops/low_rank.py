@@ -42,7 +42,7 @@ from .language import cast, dot
 
 
 @triton.jit
-def _rows_of_a(a, ranks, r, C):
+def rows_of_a(a, ranks, r, C):
     """Where each rank's row of a begins, in one of the leaves, and how many ranks there are."""
     at = a[0] + r.to(tl.int64) * C
     low = 0
@@ -61,7 +61,7 @@ def _u_block(
     blocks_r = tl.cdiv(R, BLOCK_R)
     n = (job // blocks_r).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = (job % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
-    a_rows, count = _rows_of_a(a, ranks, r, C)
+    a_rows, count = rows_of_a(a, ranks, r, C)
     r_inside = (r < count)[:, None]
     n_inside = (n < N)[None, :]
     x_columns = x + n[None, :] * x_n
@@ -122,7 +122,7 @@ def _pack_a(a, packed, ranks, C, job, BLOCK: tl.constexpr):
     blocks = tl.cdiv(C, BLOCK)
     r = (job // blocks) * 16 + tl.arange(0, 16)
     c = (job % blocks) * BLOCK + tl.arange(0, BLOCK)
-    a_rows, count = _rows_of_a(a, ranks, r, C)
+    a_rows, count = rows_of_a(a, ranks, r, C)
     c_inside = (c < C)[None, :]
     value = tl.load(a_rows[:, None] + c[None, :], mask=c_inside & (r < count)[:, None], other=0.0).to(tl.float32)
     at = packed + r.to(tl.int64)[:, None] * C + c[None, :]
@@ -130,7 +130,7 @@ def _pack_a(a, packed, ranks, C, job, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _pack_b(b, packed, scales, starts, rows, ranks, M, R, job, BLOCK: tl.constexpr, RANKS: tl.constexpr):
+def pack_b(b, packed, scales, starts, rows, ranks, M, R, job, BLOCK: tl.constexpr, RANKS: tl.constexpr):
     """Some rows and ranks of v_MR."""
     blocks = tl.cdiv(R, RANKS)
     m = (job // blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -175,7 +175,7 @@ def _onto_ranks_kernel(
         if a_packed is not None:
             _pack_a(a, a_packed, ranks, C, program - workers, _PACKED_COLUMNS)
         if b_packed is not None:
-            _pack_b(b, b_packed, scales, starts, rows, ranks, M, R, program - workers, _PACKED_ROWS, U_RANKS)
+            pack_b(b, b_packed, scales, starts, rows, ranks, M, R, program - workers, PACKED_ROWS, U_RANKS)
     if arrived is not None:  # for gradients: nobody has counted yet
         for first in range(program * 128, tiles, tl.num_programs(0) * 128):
             tile = first + tl.arange(0, 128)
@@ -371,7 +371,7 @@ BESIDE = 8192
 BOTH_SIDES = 1 << 25  # the fewest elements of dy for which t and dB are made in one pass over it
 _RANKS = 32  # the most that one block has
 _PACKED_COLUMNS = tl.constexpr(256)  # of a, per program
-_PACKED_ROWS = tl.constexpr(64)  # of v, per program
+PACKED_ROWS = tl.constexpr(64)  # of v, per program
 
 
 class Adapters(NamedTuple):
@@ -431,7 +431,7 @@ def _plan(
     t_jobs = blocks_n * len(ranks) * t_blocks_r if t else 0
     packing = 0
     if pack:
-        of_a, of_b = R // 16 * device.cdiv(c, _PACKED_COLUMNS.value), device.cdiv(m, _PACKED_ROWS.value)
+        of_a, of_b = R // 16 * device.cdiv(c, _PACKED_COLUMNS.value), device.cdiv(m, PACKED_ROWS.value)
         packing = of_a if pack == "a" else of_b * device.cdiv(R, u_ranks)
     options = {
         "BLOCK_N": config.tokens,
