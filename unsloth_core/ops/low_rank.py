@@ -150,34 +150,33 @@ def pack_b(b, packed, scales, starts, rows, ranks, M, R, job, BLOCK: tl.constexp
 @triton.jit
 def _onto_ranks_kernel(
     x, dy, a, b, u, t, a_packed, b_packed, arrived, scales, starts, rows, ranks,
-    N, C, M, R, x_n, x_c, dy_n, dy_m, u_jobs, t_jobs, workers, t_blocks_r, tiles,
+    N, C, M, R, x_n, x_c, dy_n, dy_m, u_jobs, t_jobs, packing, t_blocks_r, tiles,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, U_RANKS: tl.constexpr, T_RANKS: tl.constexpr,
     EVEN_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs below ``workers`` walk over blocks of u and t; each of the others packs some of a or v."""
+    """Programs share out the packing of a or v, then the blocks of u and t."""
     if PDL:
         gdc_launch_dependents()
-    program = tl.program_id(0)
-    if program < workers:
-        for job in range(program, u_jobs + t_jobs, workers):
-            if t is not None:
-                if job < t_jobs:
-                    _t_block(
-                        dy, b, t, scales, starts, rows, ranks, N, R, dy_n, dy_m, job, t_blocks_r,
-                        BLOCK_N, BLOCK_K, T_RANKS,
-                    )  # fmt: skip
-            if u is not None:
-                if job >= t_jobs:
-                    _u_block(
-                        x, a, u, ranks, N, C, R, x_n, x_c, job - t_jobs, BLOCK_N, BLOCK_K, U_RANKS, EVEN_K
-                    )  # fmt: skip
-    else:
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    for job in range(program, packing, programs):
         if a_packed is not None:
-            _pack_a(a, a_packed, ranks, C, program - workers, _PACKED_COLUMNS)
+            _pack_a(a, a_packed, ranks, C, job, _PACKED_COLUMNS)
         if b_packed is not None:
-            pack_b(b, b_packed, scales, starts, rows, ranks, M, R, program - workers, PACKED_ROWS, U_RANKS)
+            pack_b(b, b_packed, scales, starts, rows, ranks, M, R, job, PACKED_ROWS, U_RANKS)
+    for job in range(program, u_jobs + t_jobs, programs):
+        if t is not None:
+            if job < t_jobs:
+                _t_block(
+                    dy, b, t, scales, starts, rows, ranks, N, R, dy_n, dy_m, job, t_blocks_r,
+                    BLOCK_N, BLOCK_K, T_RANKS,
+                )  # fmt: skip
+        if u is not None:
+            if job >= t_jobs:
+                _u_block(
+                    x, a, u, ranks, N, C, R, x_n, x_c, job - t_jobs, BLOCK_N, BLOCK_K, U_RANKS, EVEN_K
+                )  # fmt: skip
     if arrived is not None:  # for gradients: nobody has counted yet
-        for first in range(program * 128, tiles, tl.num_programs(0) * 128):
+        for first in range(program * 128, tiles, programs * 128):
             tile = first + tl.arange(0, 128)
             tl.store(arrived + tile, tl.zeros((128,), tl.int32), mask=tile < tiles)
 
@@ -371,7 +370,7 @@ BESIDE = 8192
 BOTH_SIDES = 1 << 25  # the fewest elements of dy for which t and dB are made in one pass over it
 _RANKS = 32  # the most that one block has
 _PACKED_COLUMNS = tl.constexpr(256)  # of a, per program
-PACKED_ROWS = tl.constexpr(64)  # of v, per program
+PACKED_ROWS = tl.constexpr(256)  # of v, per program
 
 
 class Adapters(NamedTuple):
@@ -411,7 +410,7 @@ class _Plan(NamedTuple):
     width: int  # R
     packed: tuple[int, int]
     programs: int
-    counts: tuple[int, int, int, int]  # u_jobs, t_jobs, workers, t_blocks_r
+    counts: tuple[int, int, int, int]  # u_jobs, t_jobs, packing, t_blocks_r
     options: dict[str, Any]
 
 
@@ -445,12 +444,10 @@ def _plan(
         "num_stages": min(config.stages, 2) if capability in ((8, 6), (8, 9), (12, 0)) else config.stages,
         "enable_fp_fusion": True,
     }
-    workers = u_jobs + t_jobs
-    if overlap:  # one program next to each of the product's
-        workers = min(workers, sms)
-    return _Plan(
-        R, (R, c) if pack == "a" else (m, R), workers + packing, (u_jobs, t_jobs, workers, t_blocks_r), options
-    )
+    programs = max(u_jobs + t_jobs, min(packing, sms))
+    if overlap:  # one next to each of the product's
+        programs = min(programs, sms)
+    return _Plan(R, (R, c) if pack == "a" else (m, R), programs, (u_jobs, t_jobs, packing, t_blocks_r), options)
 
 
 def beside(which: Adapters, columns: int) -> bool:
