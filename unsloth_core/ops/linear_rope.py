@@ -12,6 +12,9 @@ Bytes moved beside the product, per element of 2 bytes: forward 4 of q and k, no
 ops 4 of q and k forward, and again where it is replayed, and backward 8 of them and 4 of v: the split's backward is
 a concatenation.
 Limits: those of linear and rope; every cotangent in any strides.
+
+Source of the idea: qkv kept as attention reads it, and its gradient written as one, as packed-qkv attention does
+(FlashAttention's ``flash_attn_qkvpacked_func``).
 """
 
 from typing import Any
