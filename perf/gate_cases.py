@@ -59,6 +59,8 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "linear_lora": ((1, 4096, 4096), (1024, 1536, 512), (300, 300, 300)),
     "nf4_dequantize": ((5, 7), (24, 40)),
 }
+# Without some of the gradients a kernel does less of the same: every subset of them is compiled for one part.
+SUBSETS = "sm_90"
 # fp16 differs from bf16 in conversions alone, and fp32 products use nothing in which parts differ. So fp16 is compiled
 # for one part, fp32 for that and for the one with the least shared memory; both at the first shape of each case in
 # perf/ops.py, and where a table depends on the dtype.
@@ -76,7 +78,8 @@ def run(recorder: Recorder) -> None:
     """Every call, in the recorder's context."""
     for case in perf_ops.cases(CPU):
         for shape in (*case.shapes, case.small):
-            _case(recorder, case, shape, case.dtype, alone=shape == case.shapes[0], model=True)
+            alone = shape == case.shapes[0] and recorder.target.name == SUBSETS
+            _case(recorder, case, shape, case.dtype, alone=alone, model=True)
         others = OTHER_DTYPES.get(recorder.target.name, ()) if case.dtype == BF16 else ()
         for dtype in others:
             _case(recorder, case, case.shapes[0], dtype, model=True)
@@ -192,7 +195,7 @@ def _losses(call: Calls, r: Random, target: Target) -> None:
         call(f"cross_entropy {dtype} {statics}", op, args, lambda x, t: (x,))
         args = (r.normal(N, D, dtype=dtype), r.normal(V, D, dtype=dtype), r.ids(N, V), r.ids(N, N))
         name, op = f"linear_cross_entropy {dtype} {statics}", functools.partial(uc.linear_cross_entropy, **statics)
-        call(name, op, args, lambda x, w, *_: (x, w), alone=True)
+        call(name, op, args, lambda x, w, *_: (x, w), alone=target.name == SUBSETS)
 
 
 def _weights(r: Random, M: int, C: int) -> Iterator[tuple[str, Any, Callable[[Any], list[Tensor]]]]:
@@ -304,7 +307,7 @@ def _attention(call: Calls, r: Random, target: Target) -> None:
             for statics in ({}, *more):
                 op = functools.partial(uc.attention, **statics)
                 call(f"attention {K} {statics}", op, (q, k, v, packed, packed), lambda q, k, v, *_: (q, k, v))
-            if K in (80, 128, 256) and dtype == BF16:  # long enough for the backward kernel for Hopper
+            if K in (80, 128, 256) and dtype == BF16 and target.name == "sm_90":  # enough for Hopper's backward kernel
                 long, args = Segments.uniform(1, 8192, CPU), [r.normal(8192, heads, K) for heads in (32, 8, 8)]
                 for statics in ({}, softcap):
                     op = functools.partial(uc.attention, **statics)

@@ -53,6 +53,11 @@ TARGETS = {
 }
 
 
+# Constants that only count heads of a tensor, or steps of a search: launches of these files that differ in nothing else
+# are compiled once.
+COUNTS = {"attention": {"HEADS", "GROUPS", "STEPS"}}
+
+
 @dataclass(frozen=True)
 class Launch:
     """One thing to compile: the kernel as file.function, for which part, and the first call that led to it.
@@ -81,6 +86,7 @@ class Recorder:
     requests: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)  # what the compiler is handed, for each
     sites: set[tuple[str, int]] = field(default_factory=set)  # (file, line) of a launch
     _running: tuple[str, bool] = ("", False)
+    _seen: set[Any] = field(default_factory=set)
 
     def run(self, call: str, fn: Callable[[], Any], *, model: bool = False) -> None:
         """Note what ``fn()`` launches. Tensors are made in the context of :meth:`pretending`."""
@@ -107,23 +113,27 @@ class Recorder:
 
     def _compile(self, source: Any, target: Any = None, options: Any = None, **_: Any) -> "_Compiled":
         fn, names, constants = source.fn, source.fn.arg_names, source.constants
-        pointers = [kind[1:] for kind in source.signature.values() if str(kind).startswith("*")]
+        kernel, (call, model) = kernel_name(fn), self._running
         named = {names[path[0]]: value for path, value in constants.items() if len(path) == 1}
-        facts = {k: v for k, v in {**options, **named}.items() if isinstance(v, bool | int | float | str | None)}
-        facts["dtype"] = (*pointers, "")[0]
-        absent = [name for name, value in named.items() if value is None]
-        shown = [f"{names[i]}={named[names[i]]}" for i in fn.constexprs if named.get(names[i]) is not None]
-        shown += [f"without {','.join(absent)}"] if absent else []
-        shown += [f"warps={options['num_warps']} stages={options['num_stages']}"]
-        shown += [f"maxnreg={options['maxnreg']}"] if options["maxnreg"] else []
-        call, model = self._running
-        kernel = kernel_name(fn)
-        chosen = sorted((k, v) for k, v in options.items() if k != "extern_libs")  # paths: where this Triton lies
-        code = [source.hash(), sorted(constants.items(), key=str), chosen]
-        key = hashlib.sha256(str([*code, self.target.name, triton.__version__]).encode()).hexdigest()[:32]
-        name = " ".join([kernel, self.target.name, facts["dtype"], *shown])
-        self.launches.append(Launch(self.target, kernel, facts, call, model, name, key))
-        self.requests.append((source, dict(options)))
+        counts = {name for file, some in COUNTS.items() if kernel.startswith(file) for name in some}
+        kind = [(path, value) for path, value in constants.items() if names[path[0]] not in counts]
+        alike = str((kernel, kind, source.signature, source.attrs, options))
+        if alike not in self._seen:
+            self._seen.add(alike)
+            pointers = [kind[1:] for kind in source.signature.values() if str(kind).startswith("*")]
+            facts = {k: v for k, v in {**options, **named}.items() if isinstance(v, bool | int | float | str | None)}
+            facts["dtype"] = (*pointers, "")[0]
+            absent = [name for name, value in named.items() if value is None]
+            shown = [f"{names[i]}={named[names[i]]}" for i in fn.constexprs if named.get(names[i]) is not None]
+            shown += [f"without {','.join(absent)}"] if absent else []
+            shown += [f"warps={options['num_warps']} stages={options['num_stages']}"]
+            shown += [f"maxnreg={options['maxnreg']}"] if options["maxnreg"] else []
+            name = " ".join([kernel, self.target.name, facts["dtype"], *shown])
+            chosen = sorted((k, v) for k, v in options.items() if k != "extern_libs")  # a path of this machine
+            code = [source.hash(), sorted(constants.items(), key=str), chosen, self.target.name, triton.__version__]
+            key = hashlib.sha256(str(code).encode()).hexdigest()[:32]
+            self.launches.append(Launch(self.target, kernel, facts, call, model, name, key))
+            self.requests.append((source, dict(options)))
         return _Compiled(self.sites)
 
 
