@@ -81,23 +81,23 @@ def test_accumulated_gradients_are_those_of_one_batch(parts, policy):
     batch = lambda some: Batch.of(some, vocab_size=97, tokens=80, segments=12).to(DEVICE)  # noqa: E731
     adapters = tree.map(lambda t: t + 0.05, lora.init(random.key(0), params, rank=2))
 
-    def one_batch(dtype):
-        base, start = (tree.map(lambda x: x.to(dtype), t) for t in (params, adapters))
+    def one_batch(dtype, device=DEVICE):
+        base, start = (tree.map(lambda x: x.to(device, dtype), t) for t in (params, adapters))
         with backend.using("reference"):
-            return value_and_grad(lambda t: model.loss(lora.adapt(base, t), batch(examples))[0])(start)
+            found = value_and_grad(lambda t: model.loss(lora.adapt(base, t), batch(examples))[0])(start)
+        return tree.map(lambda x: x.to(DEVICE), found)
 
-    def in_parts(parts, policy):
-        step = make_step(model, params, gradients_only(), max_norm=None, policy=policy)
-        return step(adapters, (), [batch(examples[i::parts]) for i in range(parts)])
-
-    (loss32, _), (loss64, grads64) = one_batch(torch.float32), one_batch(torch.float64)
-    # How far PyTorch is off depends on how it cuts the sum (on an H100 2.7 to 4.5 units for one leaf): the worst of its
-    # ways is the measure, not one draw.
-    with backend.using("reference"):
-        pytorchs = [in_parts(n, None)[0] for n in (1, 2, 3, 5)]
-    off = lambda g, g64: float((g.double() - g64).abs().max())  # noqa: E731
-    grads32 = tree.map(lambda g64, *ways: max(ways, key=lambda g: off(g, g64)), grads64, *pytorchs)
-    grads, state, metrics = in_parts(parts, policy)
+    # What one fp32 run errs is made before the sum and much of it is luck: of layer 0's down_proj.a PyTorch is 2.7 units
+    # of its largest entry off on an H100, in whatever parts it adds, and 12.5 on a CPU. The worse of the two is the
+    # measure.
+    loss64, grads64 = one_batch(torch.float64)
+    devices = {DEVICE, torch.device("cpu")}
+    (loss32, grads32), *others = [one_batch(torch.float32, device) for device in devices]
+    worse = lambda t64, *ways: max(ways, key=lambda t: float((t.double() - t64).abs().max()))  # noqa: E731
+    loss32 = worse(loss64, loss32, *[loss for loss, _ in others])
+    grads32 = tree.map(worse, grads64, grads32, *[grads for _, grads in others])
+    step = make_step(model, params, gradients_only(), max_norm=None, policy=policy)
+    grads, state, metrics = step(adapters, (), [batch(examples[i::parts]) for i in range(parts)])
     assert state == () and float(metrics["targets"]) == sum(lengths) - len(lengths)
     assert_op_rule(metrics["loss"], loss32, loss64, "loss")
     norm = math.sqrt(sum(float(g.square().sum()) for g in tree.leaves(grads64)))
