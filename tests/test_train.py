@@ -88,7 +88,7 @@ def test_accumulated_gradients_are_those_of_one_batch(parts, policy):
         return tree.map(lambda x: x.to(DEVICE), found)
 
     # What one fp32 run errs is made before the sum, and much of it is luck: of layer 0's down_proj.a PyTorch is 2.7 to
-    # 4.5 units of its largest entry off on an H100, in whatever parts it adds, and 12 on a CPU. The worse is the measure.
+    # 4.5 units of its largest entry off on an H100, in whatever parts it adds, and 12 on a CPU. The worse counts.
     loss64, grads64 = one_batch(torch.float64)
     devices = {DEVICE, torch.device("cpu")}
     (loss32, grads32), *others = [one_batch(torch.float32, device) for device in devices]
