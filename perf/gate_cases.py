@@ -171,8 +171,10 @@ def _small_ops(call: Calls, r: Random, target: Target) -> None:
     call("embedding int32", uc.embedding, (r.ids(N, 999).int(), r.normal(999, 4096)), lambda ids, w: (w,))
     for act in ("gelu_tanh", "gelu_erf", "relu2"):
         call(f"glu {act}", functools.partial(uc.glu, act=act), (r.normal(N, 28672),), lambda x: (x,), model=True)
-        args = (r.normal(N, 28672), r.normal(4096, 14336))
-        call(f"glu_linear {act}", functools.partial(uc.glu_linear, act=act), args, lambda x, w: (x,), model=True)
+        part = LoRA(a=r.normal(16, 14336, dtype=FP32), b=r.normal(4096, 16, dtype=FP32), scale=2.0)
+        args = (r.normal(N, 28672), Adapted(base=r.normal(4096, 14336), parts=(part,), rows=(4096,)))
+        op = functools.partial(uc.glu_linear, act=act)
+        call(f"glu_linear {act}", op, args, lambda x, w: (x, *_adapters(w)), model=True)
     call("gelu tanh", functools.partial(uc.gelu, approximate="tanh"), (r.normal(N, 18176),), lambda x: (x,), model=True)
     call("glu expanded dy", uc.glu, (r.normal(N, 28672),), lambda x: (x,), cotangents=_expanded)
     for J in (16, 48):  # partial rotation
@@ -225,6 +227,7 @@ def _products(call: Calls, r: Random, target: Target) -> None:
             args = (r.normal(rows, C), w, r.normal(M), r.normal(rows, M))
             wanted = lambda x, w, bias, add, trained=trained: (x, *trained(w), bias)  # noqa: E731
             call(f"linear {rows} {name}", uc.linear, args, wanted)
+            call(f"glu_linear {rows} {name}", uc.glu_linear, (r.normal(rows, 2 * C), *args[1:]), wanted)
             if name == "three adapters":
                 dropped = dataclasses.replace(w, key=torch.stack([r.ids(2, 1000)] * 3), dropout=0.1)
                 call(f"linear {rows} {name} with dropout", uc.linear, (args[0], dropped, *args[2:]), wanted)
@@ -386,8 +389,10 @@ def rows(target: Target) -> Iterator[Row]:
             yield Row(f"product.CONFIGS[{name!r}]", "product._product_kernel", facts)
     for name, thin in low_rank.CONFIGS.items():
         if name != "interpreted" and ("beside" not in name or target.capability[0] == 9):
-            kernel, inner = ("gradients", "BLOCK_C") if "gradients" in name else ("onto_ranks", "BLOCK_K")
+            kernel, inner = {
+                "gradients": ("_gradients_kernel", "BLOCK_C"), "both sides": ("_both_sides_kernel", "BLOCK_C")
+            }.get(name, ("_onto_ranks_kernel", "BLOCK_K"))  # fmt: skip
             facts = {"BLOCK_N": thin.tokens, inner: thin.inner, "num_warps": thin.warps, "num_stages": thin.stages}
-            if kernel == "onto_ranks" and target.name == "sm_89":  # less shared memory: fewer stages
+            if inner == "BLOCK_K" and target.name == "sm_89":  # less shared memory: fewer stages
                 facts["num_stages"] = min(thin.stages, 2)
-            yield Row(f"low_rank.CONFIGS[{name!r}]", f"low_rank._{kernel}_kernel", facts)
+            yield Row(f"low_rank.CONFIGS[{name!r}]", f"low_rank.{kernel}", facts)
