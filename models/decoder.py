@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from unsloth_core import backend, offload, tree
-from unsloth_core.autodiff import SAVE, Policy, remat, tiled
+from unsloth_core.autodiff import SAVE, Policy
 from unsloth_core.cache import Cache
 from unsloth_core.ops.attention import attention
 from unsloth_core.ops.linear import linear
 from unsloth_core.ops.linear_cross_entropy import linear_cross_entropy
+from unsloth_core.remat import remat, tiled
 from unsloth_core.rotary import Rotary
 from unsloth_core.segments import Segments
 from unsloth_core.tree import ABSENT
@@ -44,7 +45,7 @@ class AttentionSpec(NamedTuple):
 class Schedule:
     """How a training step runs, which never changes what it computes.
 
-    ``policy``: what each layer keeps for backward (see :func:`unsloth_core.autodiff.remat`); None is the family's
+    ``policy``: what each layer keeps for backward (see :func:`unsloth_core.remat.remat`); None is the family's
     ``SAVED`` with kernels, and plain autograd with the reference backend. ``last``: a number of layers, counted from
     the end, and the policy that they have instead. ``tile``: run ``pre`` and ``post`` on so many
     tokens at a time; a layer's calls are then "pre", "attn" and "post", and None keeps "attn". ``decode_once``: what

@@ -12,10 +12,11 @@ from tiny_folder import write_folder
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unsloth_core import backend, data, lora, offload, optim, random, tree
-from unsloth_core.autodiff import INPUT, OFFLOAD, SAVE, residual_report, value_and_grad
+from unsloth_core.autodiff import INPUT, OFFLOAD, SAVE, value_and_grad
 from unsloth_core.load import load
 from unsloth_core.models.decoder import Schedule
 from unsloth_core.ops import linear_cross_entropy, nf4
+from unsloth_core.remat import residual_report
 from unsloth_core.train import make_step
 from unsloth_core.tree import ABSENT
 

@@ -15,9 +15,6 @@ from unsloth_core.autodiff import (
     RECOMPUTE,
     SAVE,
     listening,
-    remat,
-    residual_report,
-    tiled,
     value_and_grad,
     vjp,
 )
@@ -27,6 +24,7 @@ from unsloth_core.ops.glu import glu
 from unsloth_core.ops.linear import linear
 from unsloth_core.ops.linear_cross_entropy import linear_cross_entropy
 from unsloth_core.ops.rms_norm import rms_norm
+from unsloth_core.remat import remat, residual_report, tiled
 from unsloth_core.tree import ABSENT
 from unsloth_core.weights import Adapted, LoRA, Stacked
 

@@ -10,10 +10,11 @@ import torch
 from hypothesis import example, given, settings
 from oprule import ABSENT, DEVICE, DTYPES, assert_both_refuse, check_op, rand, strided
 
-from unsloth_core import autodiff, backend, device, tree
+from unsloth_core import backend, device, tree
 from unsloth_core.cost import Cost
 from unsloth_core.ops import grouped_linear, nf4
 from unsloth_core.reference.nf4 import dequantize as decode
+from unsloth_core.remat import residual_report
 from unsloth_core.weights import Adapted, LoRA, Stacked
 
 file = importlib.import_module("unsloth_core.ops.grouped_linear")
@@ -214,7 +215,7 @@ def test_an_expert_without_tokens_gets_zeros_and_a_frozen_one_costs_nothing(monk
         monkeypatch.setattr(file, "weight_product", None)
         torch.autograd.grad(grouped_linear(x, w.detach(), plan).sum(), x)
         rows = rand((5, 8), seed=3).requires_grad_()
-        report = autodiff.residual_report(lambda x: grouped_linear(x, w.detach(), plan), x)
+        report = residual_report(lambda x: grouped_linear(x, w.detach(), plan), x)
         assert [row.bytes for row in report.rows if row.name == "grouped_linear"] == [5 * 6 * 4]
         monkeypatch.setattr(file, "_slots_kernel", None)  # gates without a gradient cost no row sums
         torch.autograd.grad(grouped_linear(rows, w.detach(), plan, gates).sum(), rows)

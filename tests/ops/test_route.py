@@ -8,9 +8,10 @@ import torch
 from hypothesis import example, given, settings
 from oprule import ABSENT, DEVICE, DTYPES, assert_both_refuse, assert_same_up_to_order, check_op, rand, strided
 
-from unsloth_core import autodiff, backend
+from unsloth_core import backend
 from unsloth_core.cost import Cost
 from unsloth_core.ops import route
+from unsloth_core.remat import residual_report
 
 file = importlib.import_module("unsloth_core.ops.route")
 INTEGERS = (1, 2, 3, 4, 6)  # experts, order, positions, offsets, counts
@@ -94,7 +95,7 @@ def test_integers_have_no_gradient_and_residuals_are_arguments_or_outputs():
     out = route(logits, top_k=2)
     assert [o.requires_grad for o in out] == [i not in INTEGERS for i in range(7)]
     with backend.using("triton"):
-        report = autodiff.residual_report(lambda z: route(z, top_k=2), logits)
+        report = residual_report(lambda z: route(z, top_k=2), logits)
     assert [row.bytes for row in report.rows if row.name == "route"] == [sum(o.nbytes for o in out)]
 
 
