@@ -44,7 +44,7 @@ from .checks import check_dtype
 from .language import cast
 from .rms_norm import MAX_ROWS, check_row_strides, cotangent_row_strides, row_offset
 
-ACTS = ("silu", "gelu_tanh", "gelu_erf", "relu2")
+_ACTS = ("silu", "gelu_tanh", "gelu_erf", "relu2")
 _TILE = 2048  # elements of y per program
 
 # In kernels these stand right of their tensor: the interpreter cannot multiply the other way round.
@@ -147,8 +147,8 @@ def glu_fwd(gate_up: Tensor, *, needs: Any, act: str = "silu") -> tuple[Tensor, 
     if gate_up.ndim == 0 or gate_up.shape[-1] == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"glu: gate_up has shape {tuple(gate_up.shape)}, expected (..., 2F) with F >= 1")
     check_dtype("glu", "gate_up", gate_up)
-    if act not in ACTS:
-        raise ValueError(f"glu: act is {act!r}, expected one of {ACTS}")
+    if act not in _ACTS:
+        raise ValueError(f"glu: act is {act!r}, expected one of {_ACTS}")
     F = gate_up.shape[-1] // 2
     rows = gate_up.numel() // (2 * F)
     if rows >= MAX_ROWS:

@@ -8,10 +8,10 @@ x (..., C), W (M, C), bias (M,), add and y (..., M), a (R, C), v (M, R), u and t
 ``v`` is block-diagonal, so adapters on some parts of a stacked projection, with different ranks, are one more R-wide
 step on the accumulator of one base product; bias and add join in the same epilogue.
 
-Launches, of a dense frozen base with adapters: forward 2, one for u and v of all adapters (:mod:`.low_rank`) and one
-:mod:`.product`; backward 3, one for t and a, the product, and one for dA and dB of all adapters. Without adapters
-one each way. An NF4 part adds one to each that decodes it. With dropout on the adapters' inputs nothing is shared
-between adapters (:mod:`.low_rank_dropout`).
+Launches, of a dense frozen base with adapters: forward 3, one for a and v of all adapters, one for u
+(:mod:`.low_rank`) and one :mod:`.product`; backward 4, one for a and v, one for t, the product, and one for dA and dB
+of all adapters. Of a large dy, t and dB come from one pass. Without adapters one each way. An NF4 part adds one to each
+that decodes it. With dropout on the adapters' inputs nothing is shared between adapters (:mod:`.low_rank_dropout`).
 
 Residuals: x if a dense weight or an adapter needs its gradient, and the weight node itself: arguments, 0 new bytes; and
 u, N·R elements, for the gradient of a B_i, unless its input is dropped out. a and v are rebuilt in backward.
@@ -44,7 +44,7 @@ from ..tree import ABSENT
 from ..weights import NF4, Adapted, LoRA, Stacked, Weight, shape
 from . import low_rank, low_rank_dropout, nf4, nf4_matvec
 from .checks import check_device, check_dtype
-from .product import choose, product
+from .product import product
 
 
 @prepared
@@ -57,35 +57,26 @@ def linear_fwd(
     but NF4. Raises ValueError for shapes, dtypes, devices or strides that do not fit, NotImplementedError for the
     gradient of an NF4 weight.
     """
-    return forward(x_NC, w, bias, add, needs=needs, sides=None)
-
-
-def forward(
-    x_NC: Tensor, w: Weight, bias: Any, add: Any, *, needs: Any, sides: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, tuple[Any, Weight, Any]]:
-    """:func:`linear_fwd`; ``sides`` are u_NR and v_MR, where who made x has made them too."""
     m, c = _check(x_NC, w, bias, add)
     x, y_shape = _matrix(x_NC, "x"), (*x_NC.shape[:-1], m)
     base, parts, _ = _open(w)
     needs_base, needs_parts, _ = _open(needs[1])
     flat = add if add is ABSENT else _matrix(add, "add")
     coded = not needs[0] and _stays_coded(x, base)
-    dense_MC = ABSENT if coded else dense(base, x.dtype, again=needs[0])  # before what overlaps
-    update, overlap, blocks, dropped, u_NR = ABSENT, False, None, False, ABSENT
+    dense_MC = ABSENT if coded else dense(base, x.dtype, again=needs[0])
+    update, blocks, dropped, u_NR = ABSENT, None, False, ABSENT
     if isinstance(w, Adapted) and any(part is not ABSENT for part in parts):
         which, dropped = low_rank.adapters(w, (m, c)), isinstance(w.key, Tensor)
         if dropped:
             u_NR, v_MR = low_rank_dropout.forward(w, which, x)
-        elif sides is not None:
-            u_NR, v_MR = sides
         else:
-            overlap = _overlaps(which, x, coded)
-            u_NR, _, v_MR, _ = low_rank.onto_ranks(which, x, ABSENT, pack="v", overlap=overlap)
+            a_RC, v_MR = low_rank.packed(which, x.dtype)
+            u_NR = low_rank.u_of(x, a_RC)
         update, blocks = (u_NR, v_MR.T), which.blocks
     if coded:
         y = _product_with_codes(x, base, bias, flat, update)
     else:
-        y = product(x, dense_MC.T, bias=bias, add=flat, update=update, blocks=blocks, overlap=overlap)
+        y = product(x, dense_MC.T, bias=bias, add=flat, update=update, blocks=blocks)
     wants_a, wants_b = _wanted(needs_parts, "a"), _wanted(needs_parts, "b")
     keeps_x = wants_a or wants_b or tree.any(needs_base)
     keeps_u = wants_b and not dropped
@@ -127,9 +118,9 @@ def input_gradient(w: Weight, dy_NM: Tensor, *, needs: Any, u_NR: Any = ABSENT) 
     base, parts, _ = _open(w)
     _, needs_parts, _ = _open(needs[1])
     wants_a, wants_b = _wanted(needs_parts, "a"), _wanted(needs_parts, "b")
-    dense_MC = dense(base, dy.dtype, again=False) if needs[0] else ABSENT  # before what overlaps
+    dense_MC = dense(base, dy.dtype, again=False) if needs[0] else ABSENT
     add = update = ABSENT
-    overlap, thin = False, Thin()
+    thin = Thin()
     if isinstance(w, Adapted) and any(part is not ABSENT for part in parts) and (needs[0] or wants_a or wants_b):
         which = low_rank.adapters(w, (m, c))
         want_b = [_wanted((needs_parts[i],), "b") for i in which.index]
@@ -143,18 +134,15 @@ def input_gradient(w: Weight, dy_NM: Tensor, *, needs: Any, u_NR: Any = ABSENT) 
         else:
             how = low_rank.cut(which, dy.shape[0], wants_a, want_b, dy.device)
             if needs[0] or wants_a:
-                path = choose(dy.shape[0], c, dy.dtype, dy.device, update=True, gradient=False)
-                overlap = path == "descriptors" and needs[0] and low_rank.beside(which, m)
-                _, t, a_RC, arrived = low_rank.onto_ranks(
-                    which, ABSENT, dy, pack="a" if needs[0] else "", tiles=how.counters, overlap=overlap
-                )  # fmt: skip
+                a_RC, v_MR = low_rank.packed(which, dy.dtype)
+                t, arrived = low_rank.t_of(which, dy, v_MR, how.counters)
                 update = (t, a_RC)
             else:
                 t, arrived = ABSENT, dy.new_zeros(how.counters, dtype=torch.int32)
             thin = Thin(which, t, how, arrived)
     if not needs[0]:
         return ABSENT, thin
-    return product(dy, dense_MC, add=add, update=update, overlap=overlap).view(*dy_NM.shape[:-1], c), thin
+    return product(dy, dense_MC, add=add, update=update).view(*dy_NM.shape[:-1], c), thin
 
 
 def weight_gradient(w: Weight, x_NC: Any, spare: Any, dy_NM: Tensor, thin: Thin, *, needs: Any) -> tuple[Any, Any]:
@@ -198,7 +186,7 @@ def _u(which: Any, x_NC: Tensor, spare: Any) -> Tensor:
     if spare is not ABSENT and spare.value is not ABSENT:
         return spare.value
     x = _matrix(x_NC, "x")
-    return low_rank.onto_ranks(which, x, ABSENT, pack="", overlap=_overlaps(which, x, False))[0]
+    return low_rank.u_of(x, low_rank.packed(which, x.dtype)[0])
 
 
 linear = custom_vjp(linear_fwd, linear_bwd)
@@ -256,13 +244,6 @@ def _product_with_codes(x: Tensor, base: Any, bias: Any, add: Any, update: Any) 
         of_part = (b if b is ABSENT else b[..., columns] for b in (bias, add))
         nf4_matvec.nf4_matvec(x, part, *of_part, out=y[:, columns])
     return y if update is ABSENT else product(*update, add=y, out_dtype=x.dtype)
-
-
-def _overlaps(which: Any, x: Tensor, coded: bool) -> bool:
-    """Whether u is made beside the product that follows; the order of its sums depends on it."""
-    m, c = which.shape
-    path = choose(x.shape[0], m, x.dtype, x.device, update=True, gradient=False)
-    return path == "descriptors" and not coded and low_rank.beside(which, c)
 
 
 def _stack(base: Any) -> tuple[Any, ...]:

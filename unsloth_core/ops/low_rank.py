@@ -4,13 +4,12 @@
     t = dy v       v_MR: scale_i B_i on the rows and ranks of part i, else 0
     dA = t^T x     dB_i = scale_i dy_i^T u_i
 
-x (N, C), dy (N, M), u and t (N, R); R is the sum of the ranks, padded with zeros to a multiple of 16. Two launches:
+x (N, C), dy (N, M), u and t (N, R); R is the sum of the ranks, padded with zeros to a multiple of 16.
 
-:func:`onto_ranks` makes whichever of u and t is wanted, reading x and dy once for all adapters, straight from their
-fp32 leaves, which are rounded to the dtype of the tokens on the way. The same launch writes the operand that the base
-product adds on its accumulator, v or a, in that dtype. On Hopper a short pass for one adapter takes little enough
-shared memory to stand beside the product on every multiprocessor: it lets the next kernel of the stream begin at once
-(programmatic dependent launch), which waits for u or t only when its first sum is done. Other passes run before it.
+:func:`packed` writes a and v in the dtype of the tokens: they are operands of these passes, which read them once for
+every 32 tokens, and of the base product. From the fp32 leaves each warp would fetch twice the bytes, and round them
+again. :func:`u_of` and :func:`t_of` read x and dy once for all adapters. :func:`both_sides` makes t and all dB_i from
+one pass over a large dy: t as fp32 sums over 256 columns, which a second kernel adds.
 
 Blocks are ranks x tokens, or ranks x columns, with at most 32 ranks: on Hopper that makes them products of one warp
 (mma.sync). Reads bound these kernels, and with 64 tokens x 16 ranks on the tensor cores of a warp group (wgmma) ptxas
@@ -33,7 +32,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from .. import device
 from ..tree import ABSENT
@@ -42,7 +40,73 @@ from .language import cast, dot
 
 
 @triton.jit
-def rows_of_a(a, ranks, r, C):
+def _u_kernel(
+    x, a, u, N, C, R, x_n, x_c,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """u of some tokens, for some ranks of whatever adapters."""
+    blocks_r = tl.cdiv(R, BLOCK_R)
+    n = (tl.program_id(0) // blocks_r).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = (tl.program_id(0) % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r_inside = (r < R)[:, None]
+    n_inside = (n < N)[None, :]
+    x_columns = x + n[None, :] * x_n
+    a_rows = a + r.to(tl.int64)[:, None] * C
+    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for start in range(0, C, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x_at = x_columns + k.to(tl.int64)[:, None] * x_c
+        if EVEN_K:
+            x_tile = tl.load(x_at, mask=n_inside, other=0.0)
+            a_tile = tl.load(a_rows + k[None, :], mask=r_inside, other=0.0)
+        else:
+            x_tile = tl.load(x_at, mask=n_inside & (k < C)[:, None], other=0.0)
+            a_tile = tl.load(a_rows + k[None, :], mask=r_inside & (k < C)[None, :], other=0.0)
+        acc = dot(a_tile, x_tile, acc)
+    tl.store(u + n[None, :] * R + r[:, None], cast(acc, u.dtype.element_ty), mask=n_inside & r_inside)
+
+
+@triton.jit
+def _t_kernel(
+    dy, v, t, arrived, starts, rows, ranks, N, R, dy_n, dy_m, blocks_r, tiles,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """t of some tokens, for some ranks of one adapter, whose columns of dy alone are read."""
+    program = tl.program_id(0)
+    which = program % len(ranks)
+    block_r = (program // len(ranks)) % blocks_r
+    n = (program // (len(ranks) * blocks_r)).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    low, start, height, rank, end = 0, starts[0], rows[0], ranks[0], ranks[0]
+    for i in tl.static_range(1, len(ranks)):
+        low = tl.where(which == i, end, low)
+        start = tl.where(which == i, starts[i], start)
+        height = tl.where(which == i, rows[i], height)
+        rank = tl.where(which == i, ranks[i], rank)
+        end += ranks[i]
+    past = tl.where(which == len(ranks) - 1, R - low, rank)  # the last adapter also writes the zeros of the padding
+    n_inside = (n < N)[None, :]
+    r_inside = (r < rank)[:, None]
+    dy_columns = dy + n[None, :] * dy_n
+    v_rows = v + (low + r)[:, None]
+    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for first in range(0, height, BLOCK_K):
+        m = first + tl.arange(0, BLOCK_K)
+        dy_at = dy_columns + (start + m).to(tl.int64)[:, None] * dy_m
+        dy_tile = tl.load(dy_at, mask=n_inside & (m < height)[:, None], other=0.0)
+        v_at = v_rows + (start + m).to(tl.int64)[None, :] * R
+        v_tile = tl.load(v_at, mask=r_inside & (m < height)[None, :], other=0.0)
+        acc = dot(v_tile, dy_tile, acc)
+    t_at = t + n[None, :] * R + (low + r)[:, None]
+    tl.store(t_at, cast(acc, t.dtype.element_ty), mask=n_inside & (r < past)[:, None])
+    if arrived is not None:  # for gradients: nobody has counted yet
+        for first in range(program * 128, tiles, tl.num_programs(0) * 128):
+            tile = first + tl.arange(0, 128)
+            tl.store(arrived + tile, tl.zeros((128,), tl.int32), mask=tile < tiles)
+
+
+@triton.jit
+def _rows_of_a(a, ranks, r, C):
     """Where each rank's row of a begins, in one of the leaves, and how many ranks there are."""
     at = a[0] + r.to(tl.int64) * C
     low = 0
@@ -53,76 +117,12 @@ def rows_of_a(a, ranks, r, C):
 
 
 @triton.jit
-def _u_block(
-    x, a, u, ranks, N, C, R, x_n, x_c, job,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_K: tl.constexpr,
-):  # fmt: skip
-    """One block of u: some tokens, some ranks of whatever adapters."""
-    blocks_r = tl.cdiv(R, BLOCK_R)
-    n = (job // blocks_r).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    r = (job % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
-    a_rows, count = rows_of_a(a, ranks, r, C)
-    r_inside = (r < count)[:, None]
-    n_inside = (n < N)[None, :]
-    x_columns = x + n[None, :] * x_n
-    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    for start in range(0, C, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x_at = x_columns + k.to(tl.int64)[:, None] * x_c
-        a_at = a_rows[:, None] + k[None, :]
-        if EVEN_K:
-            x_tile = tl.load(x_at, mask=n_inside, other=0.0)
-            a_tile = tl.load(a_at, mask=r_inside, other=0.0).to(tl.float32)
-        else:
-            x_tile = tl.load(x_at, mask=n_inside & (k < C)[:, None], other=0.0)
-            a_tile = tl.load(a_at, mask=r_inside & (k < C)[None, :], other=0.0).to(tl.float32)
-        acc = dot(cast(a_tile, x.dtype.element_ty), x_tile, acc)
-    tl.store(u + n[None, :] * R + r[:, None], cast(acc, u.dtype.element_ty), mask=n_inside & (r < R)[:, None])
-
-
-@triton.jit
-def _t_block(
-    dy, b, t, scales, starts, rows, ranks, N, R, dy_n, dy_m, job, blocks_r,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """One block of t: some tokens, some ranks of one adapter, whose columns of dy alone are read."""
-    which = job % len(b)
-    block_r = (job // len(b)) % blocks_r
-    n = (job // (len(b) * blocks_r)).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    b_i, scale, low, start, height, rank = b[0], scales[0], 0, starts[0], rows[0], ranks[0]
-    end = ranks[0]
-    for i in tl.static_range(1, len(b)):
-        b_i = tl.where(which == i, b[i], b_i)
-        scale = tl.where(which == i, scales[i], scale)
-        low = tl.where(which == i, end, low)
-        start = tl.where(which == i, starts[i], start)
-        height = tl.where(which == i, rows[i], height)
-        rank = tl.where(which == i, ranks[i], rank)
-        end += ranks[i]
-    past = tl.where(which == len(b) - 1, R - low, rank)  # the last adapter also writes the zeros of the padding
-    n_inside = (n < N)[None, :]
-    r_inside = (r < rank)[:, None]
-    dy_columns = dy + n[None, :] * dy_n
-    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    for first in range(0, height, BLOCK_K):
-        m = first + tl.arange(0, BLOCK_K)
-        dy_at = dy_columns + (start + m).to(tl.int64)[:, None] * dy_m
-        b_at = b_i + m.to(tl.int64)[None, :] * rank + r[:, None]
-        dy_tile = tl.load(dy_at, mask=n_inside & (m < height)[:, None], other=0.0)
-        b_tile = tl.load(b_at, mask=r_inside & (m < height)[None, :], other=0.0).to(tl.float32) * scale
-        acc = dot(cast(b_tile, dy.dtype.element_ty), dy_tile, acc)
-    t_at = t + n[None, :] * R + (low + r)[:, None]
-    tl.store(t_at, cast(acc, t.dtype.element_ty), mask=n_inside & (r < past)[:, None])
-
-
-@triton.jit
 def _pack_a(a, packed, ranks, C, job, BLOCK: tl.constexpr):
     """Sixteen rows of a_RC; rows past the last rank are zeros."""
     blocks = tl.cdiv(C, BLOCK)
     r = (job // blocks) * 16 + tl.arange(0, 16)
     c = (job % blocks) * BLOCK + tl.arange(0, BLOCK)
-    a_rows, count = rows_of_a(a, ranks, r, C)
+    a_rows, count = _rows_of_a(a, ranks, r, C)
     c_inside = (c < C)[None, :]
     value = tl.load(a_rows[:, None] + c[None, :], mask=c_inside & (r < count)[:, None], other=0.0).to(tl.float32)
     at = packed + r.to(tl.int64)[:, None] * C + c[None, :]
@@ -130,7 +130,7 @@ def _pack_a(a, packed, ranks, C, job, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def pack_b(b, packed, scales, starts, rows, ranks, M, R, job, BLOCK: tl.constexpr, RANKS: tl.constexpr):
+def _pack_b(b, packed, scales, starts, rows, ranks, M, R, job, BLOCK: tl.constexpr, RANKS: tl.constexpr):
     """Some rows and ranks of v_MR."""
     blocks = tl.cdiv(R, RANKS)
     m = (job // blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -148,37 +148,15 @@ def pack_b(b, packed, scales, starts, rows, ranks, M, R, job, BLOCK: tl.constexp
 
 
 @triton.jit
-def _onto_ranks_kernel(
-    x, dy, a, b, u, t, a_packed, b_packed, arrived, scales, starts, rows, ranks,
-    N, C, M, R, x_n, x_c, dy_n, dy_m, u_jobs, t_jobs, packing, t_blocks_r, tiles,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, U_RANKS: tl.constexpr, T_RANKS: tl.constexpr,
-    EVEN_K: tl.constexpr, PDL: tl.constexpr,
+def _pack_kernel(
+    a, b, a_packed, b_packed, scales, starts, rows, ranks, M, C, R, jobs, RANKS: tl.constexpr
 ):  # fmt: skip
-    """Programs share out the packing of a or v, then the blocks of u and t."""
-    if PDL:
-        gdc_launch_dependents()
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    for job in range(program, packing, programs):
-        if a_packed is not None:
-            _pack_a(a, a_packed, ranks, C, job, _PACKED_COLUMNS)
-        if b_packed is not None:
-            pack_b(b, b_packed, scales, starts, rows, ranks, M, R, job, PACKED_ROWS, U_RANKS)
-    for job in range(program, u_jobs + t_jobs, programs):
-        if t is not None:
-            if job < t_jobs:
-                _t_block(
-                    dy, b, t, scales, starts, rows, ranks, N, R, dy_n, dy_m, job, t_blocks_r,
-                    BLOCK_N, BLOCK_K, T_RANKS,
-                )  # fmt: skip
-        if u is not None:
-            if job >= t_jobs:
-                _u_block(
-                    x, a, u, ranks, N, C, R, x_n, x_c, job - t_jobs, BLOCK_N, BLOCK_K, U_RANKS, EVEN_K
-                )  # fmt: skip
-    if arrived is not None:  # for gradients: nobody has counted yet
-        for first in range(program * 128, tiles, programs * 128):
-            tile = first + tl.arange(0, 128)
-            tl.store(arrived + tile, tl.zeros((128,), tl.int32), mask=tile < tiles)
+    """Programs below ``jobs`` write some of a, the others some of v."""
+    program = tl.program_id(0)
+    if program < jobs:
+        _pack_a(a, a_packed, ranks, C, program, _PACKED_COLUMNS)
+    else:
+        _pack_b(b, b_packed, scales, starts, rows, ranks, M, R, program - jobs, _PACKED_ROWS, RANKS)
 
 
 @triton.jit
@@ -356,21 +334,16 @@ class Thin(NamedTuple):
 
 
 CONFIGS = {
-    "onto ranks": Thin(32, 256, 4, 3),
-    "beside products": Thin(32, 64, 4, 4),  # as little shared memory as the product leaves
+    "onto ranks": Thin(32, 256, 4, 4),
     "onto ranks, few tokens": Thin(16, 256, 4, 3),
     "gradients": Thin(64, 64, 4, 4),  # inner: columns of a tile
     "both sides": Thin(64, 256, 8, 3),  # inner: columns of dy of a tile
     "interpreted": Thin(32, 64, 4, 2),
 }
-# The most columns of x and dy that are read beside the base product, on an H100 80GB HBM3 with Triton 3.6.0: forward at
-# 4096 x 4096 x 4096 then costs 1.11 x cuBLAS's plain product instead of 1.15. Longer passes, and those of several
-# adapters, hold up the first tiles more than they save.
-BESIDE = 8192
 BOTH_SIDES = 1 << 25  # the fewest elements of dy for which t and dB are made in one pass over it
 _RANKS = 32  # the most that one block has
 _PACKED_COLUMNS = tl.constexpr(256)  # of a, per program
-PACKED_ROWS = tl.constexpr(256)  # of v, per program
+_PACKED_ROWS = tl.constexpr(64)  # of v, per program
 
 
 class Adapters(NamedTuple):
@@ -404,84 +377,58 @@ def adapters(w: Adapted, shape: tuple[int, int]) -> Adapters:
     return Adapters(*zip(*found, strict=True), shape=shape)
 
 
-class _Plan(NamedTuple):
-    """Of a launch of :func:`onto_ranks`: what depends on shapes alone."""
-
-    width: int  # R
-    packed: tuple[int, int]
-    programs: int
-    counts: tuple[int, int, int, int]  # u_jobs, t_jobs, packing, t_blocks_r
-    options: dict[str, Any]
+def packed(which: Adapters, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``(a_RC, v_MR)`` of the leaves, in the dtype of the tokens; zeros where no adapter is."""
+    a, b, scales = zip(*[(p.a.contiguous(), p.b.contiguous(), float(p.scale)) for p in which.parts], strict=True)
+    (m, c), width = which.shape, which.width
+    a_RC, v_MR = a[0].new_empty((width, c), dtype=dtype), a[0].new_empty((m, width), dtype=dtype)
+    ranks = min(_RANKS, device.next_power_of_2(width))
+    jobs = width // 16 * device.cdiv(c, _PACKED_COLUMNS.value)
+    grid = (jobs + device.cdiv(m, _PACKED_ROWS.value) * device.cdiv(width, ranks),)
+    device.launch(
+        _pack_kernel, grid, a, b, a_RC, v_MR, scales, which.starts, which.rows, which.ranks, m, c, width, jobs,
+        RANKS=ranks, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return a_RC, v_MR
 
 
 @functools.cache
-def _plan(
-    ranks: tuple[int, ...], shape: tuple[int, int], n: int, u: bool, t: bool, pack: str, overlap: bool, sms: int,
-    capability: tuple[int, int],
-) -> _Plan:  # fmt: skip
-    (m, c), interpreted = shape, device.interpreting()
-    name = "beside products" if overlap else "onto ranks" if n > 16 else "onto ranks, few tokens"
-    config = CONFIGS["interpreted" if interpreted else name]
-    R = device.cdiv(sum(ranks), 16) * 16
-    u_ranks, t_ranks = (min(_RANKS, device.next_power_of_2(max(16, r))) for r in (R, max(ranks)))
-    # The last adapter's t has the padding too.
-    blocks_n, t_blocks_r = device.cdiv(n, config.tokens), device.cdiv(max(*ranks, R - sum(ranks[:-1])), t_ranks)
-    u_jobs = blocks_n * device.cdiv(R, u_ranks) if u else 0
-    t_jobs = blocks_n * len(ranks) * t_blocks_r if t else 0
-    packing = 0
-    if pack:
-        of_a, of_b = R // 16 * device.cdiv(c, _PACKED_COLUMNS.value), device.cdiv(m, PACKED_ROWS.value)
-        packing = of_a if pack == "a" else of_b * device.cdiv(R, u_ranks)
-    options = {
-        "BLOCK_N": config.tokens,
-        "BLOCK_K": config.inner,
-        "U_RANKS": u_ranks,
-        "T_RANKS": t_ranks,
-        "EVEN_K": c % config.inner == 0,
-        "PDL": overlap and not interpreted,
-        "num_warps": config.warps,
-        # sm_86, sm_89 and sm_120 have 99 KiB of shared memory, where three stages take up to 128.
-        "num_stages": min(config.stages, 2) if capability in ((8, 6), (8, 9), (12, 0)) else config.stages,
-        "enable_fp_fusion": True,
-    }
-    programs = max(u_jobs + t_jobs, min(packing, sms))
-    if overlap:  # one next to each of the product's
-        programs = min(programs, sms)
-    return _Plan(R, (R, c) if pack == "a" else (m, R), programs, (u_jobs, t_jobs, packing, t_blocks_r), options)
+def _thin(tokens: int, capability: tuple[int, int]) -> tuple[Thin, dict[str, Any]]:
+    """The configuration of a pass over so many tokens, and its options."""
+    name = "interpreted" if device.interpreting() else "onto ranks" if tokens > 16 else "onto ranks, few tokens"
+    config = CONFIGS[name]
+    # sm_86, sm_89 and sm_120 have 99 KiB of shared memory, where more stages would not fit.
+    stages = min(config.stages, 2) if capability in ((8, 6), (8, 9), (12, 0)) else config.stages
+    options = {"BLOCK_N": config.tokens, "BLOCK_K": config.inner, "num_warps": config.warps, "num_stages": stages}
+    return config, {**options, "enable_fp_fusion": True}
 
 
-def beside(which: Adapters, columns: int) -> bool:
-    """Whether a pass over so many columns of x and dy had better run beside the base product than before it."""
-    return len(which.parts) == 1 and columns <= BESIDE
-
-
-def onto_ranks(
-    which: Adapters, x: Any, dy: Any, *, pack: str, tiles: int = 0, overlap: bool = False
-) -> tuple[Any, Any, Any, Any]:
-    """``(u, t, packed, arrived)``: u where ``x`` is given, t where ``dy`` is; ``packed`` is "a" (R, C) or "v" (M, R).
-
-    ``arrived``: ``tiles`` zeros for :func:`gradients`. ``overlap``: the next launch waits for this one by itself.
-    """
-    some = dy if x is ABSENT else x
-    n, has_x, has_dy = some.shape[0], x is not ABSENT, dy is not ABSENT
-    where = some.device
-    plan = _plan(
-        which.ranks, which.shape, n, has_x, has_dy, pack, overlap, device.sms(where), device.capability(where)
-    )  # fmt: skip
-    u = some.new_empty((n, plan.width)) if has_x else None
-    t = some.new_empty((n, plan.width)) if has_dy else None
-    packed = some.new_empty(plan.packed) if pack else None
-    arrived = some.new_empty((tiles,), dtype=torch.int32) if tiles else None
-    a, b, scales = zip(*[(p.a.contiguous(), p.b.contiguous(), float(p.scale)) for p in which.parts], strict=True)
+def u_of(x: Tensor, a_RC: Tensor) -> Tensor:
+    """``x a^T`` (N, R)."""
+    (n, c), width = x.shape, a_RC.shape[0]
+    config, options = _thin(n, device.capability(x.device))
+    u = x.new_empty((n, width))
+    ranks = min(_RANKS, device.next_power_of_2(width))
     device.launch(
-        _onto_ranks_kernel, (plan.programs,),
-        x if has_x else None, dy if has_dy else None, a, b,
-        u, t, packed if pack == "a" else None, packed if pack == "v" else None, arrived,
-        scales, which.starts, which.rows, which.ranks, n, which.shape[1], which.shape[0], plan.width,
-        *(x.stride() if has_x else (0, 0)), *(dy.stride() if has_dy else (0, 0)), *plan.counts, tiles,
-        **plan.options,
+        _u_kernel, (device.cdiv(n, config.tokens) * device.cdiv(width, ranks),),
+        x, a_RC, u, n, c, width, *x.stride(), BLOCK_R=ranks, EVEN_K=c % config.inner == 0, **options,
     )  # fmt: skip
-    return ABSENT if u is None else u, ABSENT if t is None else t, packed, arrived
+    return u
+
+
+def t_of(which: Adapters, dy: Tensor, v_MR: Tensor, tiles: int) -> tuple[Tensor, Any]:
+    """``dy v`` (N, R), and as many zeros as :func:`gradients` has ``tiles`` to count the arrivals of."""
+    n, width, each = dy.shape[0], which.width, which.ranks
+    config, options = _thin(n, device.capability(dy.device))
+    t, arrived = dy.new_empty((n, width)), dy.new_empty((tiles,), dtype=torch.int32) if tiles else None
+    ranks = min(_RANKS, device.next_power_of_2(max(16, *each)))
+    blocks_r = device.cdiv(max(*each, width - sum(each[:-1])), ranks)  # the last adapter's t has the padding too
+    device.launch(
+        _t_kernel, (device.cdiv(n, config.tokens) * len(each) * blocks_r,),
+        dy, v_MR, t, arrived, which.starts, which.rows, each, n, width, *dy.stride(), blocks_r, tiles,
+        BLOCK_R=ranks, **options,
+    )  # fmt: skip
+    return t, arrived
 
 
 class Split(NamedTuple):
@@ -584,10 +531,10 @@ def both_sides(which: Adapters, dy: Tensor, u: Tensor, *, pack: bool) -> tuple[T
     )  # fmt: skip
     t = dy.new_empty(n, which.width)
     packed = dy.new_empty(which.width, c) if pack else None
-    jobs = device.cdiv(n, 32) * len(which.parts)
+    jobs = device.cdiv(n, 8) * len(which.parts)
     packing = which.width // 16 * device.cdiv(c, _PACKED_COLUMNS.value) if pack else 0
     device.launch(
         _sum_t_kernel, (jobs + packing,), t_parts, t, a, packed, which.rows, which.ranks, n, c, which.width, jobs,
-        TILE=config.inner, BLOCK_N=32, BLOCK_R=block, num_warps=4, enable_fp_fusion=True,
+        TILE=config.inner, BLOCK_N=8, BLOCK_R=block, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return t, packed, [g.view(m, r) for g, m, r in zip(out.split(sizes), which.rows, which.ranks, strict=True)]

@@ -20,7 +20,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
 from .. import device, tree
 from ..tree import ABSENT
@@ -158,13 +157,12 @@ def _descriptor_kernel(
     a_stride, b_stride, c_stride, d_k, d_n, add_m, add_n, bias_n,
     A_T: tl.constexpr, B_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr, STORE: tl.constexpr, PDL: tl.constexpr, PROGRAMS: tl.constexpr,
+    GROUP: tl.constexpr, STORE: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """The same for 16-byte aligned operands on Hopper: tiles come through the TMA unit, which also zeroes what lies
     outside, and one program per multiprocessor walks the tiles, loading the next while it stores the last. An operand
     marked _T is stored the other way around. The second product is one step of BLOCK_R ranks; where d is
-    block-diagonal, columns from ``ends[i]`` on begin after the first i ``ranks``. PDL: c and d are the work of the
-    launch before, which may still be running when the first sums are made."""
+    block-diagonal, columns from ``ends[i]`` on begin after the first i ``ranks``."""
     if A_T:
         a_tiles = tl.make_tensor_descriptor(a, [inner, rows], [a_stride, 1], [BLOCK_K, BLOCK_M])
     else:
@@ -193,8 +191,6 @@ def _descriptor_kernel(
                 y = b_tiles.load([k * BLOCK_K, at_n])
             acc = dot(x, y, acc)
         if c is not None:
-            if PDL:
-                gdc_wait()
             low = 0
             if ends is not None:
                 for i in tl.static_range(len(ends)):
@@ -311,7 +307,6 @@ def product(
     alpha: float = 1.0,
     out_dtype: torch.dtype | None = None,
     gradient: bool = False,
-    overlap: bool = False,
     path: str | None = None,
     config: Config | None = None,
 ) -> Tensor:
@@ -319,10 +314,9 @@ def product(
 
     ``a`` (rows, inner) and ``b`` (inner, cols) have any strides, so a transposed operand is a transposed view;
     ``update`` is the pair c (rows, rank), d (rank, cols); ``blocks`` says of a block-diagonal d how many columns and
-    ranks each of its blocks has. ``bias`` (cols,); ``add`` (rows, cols). ``overlap``: a launch before this one made
-    ``update``, and let this one begin without it. ``path`` and
-    ``config`` override :func:`choose` and :func:`configuration`. "descriptors" means "pointers" for operands that TMA
-    cannot address (unaligned, or strided both ways).
+    ranks each of its blocks has. ``bias`` (cols,); ``add`` (rows, cols). ``path`` and ``config`` override
+    :func:`choose` and :func:`configuration`. "descriptors" means "pointers" for operands that TMA cannot address
+    (unaligned, or strided both ways).
     """
     (rows, inner), cols, where = a.shape, b.shape[1], a.device
     out_dtype = a.dtype if out_dtype is None else out_dtype
@@ -354,7 +348,7 @@ def product(
         rank_of_tile = max(blocks[1])
     if all(layouts) and rank_of_tile <= _STEP_RANK and (c is None or c.stride(1) == 1):
         transposed, strides = zip(*layouts, strict=True)
-        programs, pdl = min(tiles, device.sms(where)), overlap and not device.interpreting()
+        programs = min(tiles, device.sms(where))
         options["BLOCK_R"] = device.next_power_of_2(max(16, rank_of_tile))
         device.launch(
             _descriptor_kernel,
@@ -366,10 +360,8 @@ def product(
             A_T=transposed[0],
             B_T=transposed[1],
             STORE=out_dtype.itemsize == 2 and cols % 8 == 0 and config.n >= 64,
-            PDL=pdl,
             PROGRAMS=programs,
             **options,
-            **({"launch_pdl": True} if pdl else {}),
         )
         return out
 
