@@ -388,10 +388,9 @@ def rows(target: Target) -> Iterator[Row]:
             facts |= {"num_warps": config.warps, "num_stages": config.stages}
             yield Row(f"product.CONFIGS[{name!r}]", "product._product_kernel", facts)
     for name, thin in low_rank.CONFIGS.items():
-        if name != "interpreted" and ("beside" not in name or target.capability[0] == 9):
-            kernel, inner = {
-                "gradients": ("_gradients_kernel", "BLOCK_C"), "both sides": ("_both_sides_kernel", "BLOCK_C")
-            }.get(name, ("_onto_ranks_kernel", "BLOCK_K"))  # fmt: skip
+        of = {"gradients": ("_gradients_kernel",), "both sides": ("_both_sides_kernel",)}
+        for kernel in of.get(name, ("_u_kernel", "_t_kernel")) if name != "interpreted" else ():
+            inner = "BLOCK_C" if name in of else "BLOCK_K"
             facts = {"BLOCK_N": thin.tokens, inner: thin.inner, "num_warps": thin.warps, "num_stages": thin.stages}
             if inner == "BLOCK_K" and target.name == "sm_89":  # less shared memory: fewer stages
                 facts["num_stages"] = min(thin.stages, 2)
