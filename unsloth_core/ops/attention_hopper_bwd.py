@@ -26,9 +26,10 @@ block meets" are the same pairs without holes. Blocks that all keys see whole ne
 
 Bytes: q, k, v, do once, lse and Δ; the sum is written, added to M / 128 times in L2, and read once: 4·N·H·K bytes of
 scratch. Least work: 10·K flops per visible pair and head, five products. Measured on an H100 (bf16, causal, H32/KV8,
-8192 tokens, the whole backward, TFLOP/s; cuDNN in the same run): head 128 468 to 478 (478 to 512), 64 423 (400), 80
-413 (333), 256 with H16 354 (383). Without turns the kernel alone does 540 at head 128, without dq 570; S, dP and dS·k
-read both operands from shared memory, whose bandwidth, not the matrix units, is the nearest bound.
+8192 tokens, the whole backward, TFLOP/s; cuDNN in the same run): head 128 468 to 486 (478 to 515), 64 423 (400), 80
+413 (333), 256 with H16 354 (383 to 406), 64 with 71 heads on one 359 (418), or 112 if those were not divided; a window
+of 4096 of 32768 tokens 504 to 526, of 1024 of 8192 377. Without turns the kernel alone does 540 at head 128, without dq
+570; S, dP and dS·k read both operands from shared memory, whose bandwidth, not the matrix units, is the nearest bound.
 
 Sources: deterministic sums by turns, FlashAttention-2 (Dao 2023) in its deterministic mode; roles of warps and
 transposed scores, FlashAttention-3 (Shah et al. 2024).
@@ -84,7 +85,9 @@ TABLE = {  # by head size
     128: Tiles(64, 128, 3, 2, 0),
     256: Tiles(64, 64, 2, 1, 0),
 }
-WORTH = 2**35  # products of channels; below that, two kernels of seven products were as fast on an H100
+# Products of channels. On an H100 two kernels of seven products took 0.32 ms instead of 0.25 at 2^33.8 (1x4096, 14
+# heads of 64 on 2); below, the 10 to 30 us gained may be less than what making ten descriptors takes the host.
+WORTH = 2**33
 ADDERS = gl.constexpr(3)  # warps that add tiles of dq, in turn: the time of one addition is that of several steps
 
 
