@@ -306,7 +306,9 @@ def _attention(call: Calls, r: Random, target: Target) -> None:
             whole = K in (64, 128, 256) and dtype == BF16
             portable = {"return_lse": True, "scale": -0.1}  # what the kernel for Hopper does not take
             more = ({"causal": False},) if K == 128 else ()
-            more = (softcap, portable, *more) if whole else (portable,) if K == 96 and dtype == BF16 else ()
+            more = (softcap, *more) if whole else ()
+            if dtype == BF16 and (K == 128 or (K in (64, 96, 256) and target.name == "sm_90")):
+                more = (*more, portable)
             for statics in ({}, *more):
                 op = functools.partial(uc.attention, **statics)
                 call(f"attention {K} {statics}", op, (q, k, v, packed, packed), lambda q, k, v, *_: (q, k, v))

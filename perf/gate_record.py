@@ -53,9 +53,9 @@ TARGETS = {
 }
 
 
-# Constants that only count heads of a tensor, or steps of a search: launches of these files that differ in nothing else
-# are compiled once.
-COUNTS = {"attention": {"HEADS", "GROUPS", "STEPS"}}
+# Arguments that only count: heads, segments, steps of the search for a segment. Launches of these files that differ in
+# nothing else are compiled once.
+COUNTS = {"attention": {"HEADS", "GROUPS", "S", "STEPS"}}
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ class Recorder:
         kernel, (call, model) = kernel_name(fn), self._running
         named = {names[path[0]]: value for path, value in constants.items() if len(path) == 1}
         counts = {name for file, some in COUNTS.items() if kernel.startswith(file) for name in some}
-        kind = [(path, value) for path, value in constants.items() if names[path[0]] not in counts]
-        alike = str((kernel, kind, source.signature, source.attrs, options))
+        kind = [{path: v for path, v in d.items() if names[path[0]] not in counts} for d in (constants, source.attrs)]
+        alike = str((kernel, kind, {k: v for k, v in source.signature.items() if k not in counts}, options))
         if alike not in self._seen:
             self._seen.add(alike)
             pointers = [kind[1:] for kind in source.signature.values() if str(kind).startswith("*")]
