@@ -16,6 +16,9 @@ a code names (``tl.gather`` compiles to the same shuffle for a single warp, but 
 The shuffle looks at five bits only, so nibbles need a shift and no mask. A lane decodes one absmax of a row for all
 lanes and chunks, which fetch theirs by one more shuffle. Few rows and a long sum are split along C; a second kernel
 adds the parts in order. Bytes: w and x once, y once.
+Compiled for sm_90 by Triton 3.6.0 for one token: 4.8 instructions per weight, of which 3 are the shift, the shuffle
+and the multiply-add; 64 registers, no spills. Measured, a matrix of 14336 x 4096 takes 17.0 us in a CUDA graph; 14.1
+with nothing but the loads of its codes, 2.3 of the rest for shuffles, 1.2 for absmax, 0.4 for x.
 Limits: C a multiple of 32; x contiguous along C and aligned to two elements, codes to 4 bytes; w decodes to x's dtype
 or to fp32.
 """
@@ -210,14 +213,14 @@ class Config(NamedTuple):
 
 
 def configuration(n: int, m: int, c: int, dtype: torch.dtype, where: torch.device) -> Config:
-    """By shape, as measured on an H100 (perf/LOG.md). The more rows share one load of x the better, as long as x and
-    the sums of ``n`` tokens fit into registers."""
+    """By shape; what of this was measured stands in perf/LOG.md. The more rows share one load of x the better, as long
+    as x and the sums of ``n`` tokens fit into registers (at most 96 here)."""
     if device.interpreting():
         rows, warps, chunks = 2, 1, 1
     else:
-        rows = 4 if n == 1 else 2
-        warps = 1
+        rows = 4 if n <= 4 else 2
         chunks = 8 if n == 1 and c >= 8 * 256 else 4
+        warps = 2 if n == 1 and c >= 16 * 256 and m < 64 * device.sms(where) else 1  # where single ones are too few
     programs, steps = device.cdiv(m, rows), device.cdiv(c, 256 * warps * chunks)
     splits = 1 if programs >= device.sms(where) else min(steps, device.cdiv(2 * device.sms(where), programs))
     return Config(rows, warps, chunks, splits)
