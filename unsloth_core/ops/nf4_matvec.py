@@ -219,8 +219,8 @@ def configuration(n: int, m: int, c: int, dtype: torch.dtype, where: torch.devic
         rows, warps, chunks = 2, 1, 1
     else:
         rows = 4 if n <= 4 else 2
-        chunks = 8 if n == 1 and c >= 8 * 256 else 4
-        warps = 2 if n == 1 and c >= 16 * 256 and m < 64 * device.sms(where) else 1  # where single ones are too few
+        chunks = 8 if n == 1 and c % (8 * 256) == 0 else 4
+        warps = 2 if n == 1 and c % (16 * 256) == 0 and m < 64 * device.sms(where) else 1  # else too few are at work
     programs, steps = device.cdiv(m, rows), device.cdiv(c, 256 * warps * chunks)
     splits = 1 if programs >= device.sms(where) else min(steps, device.cdiv(2 * device.sms(where), programs))
     return Config(rows, warps, chunks, splits)
