@@ -275,7 +275,7 @@ def _experts(call: Calls, r: Random, target: Target) -> None:
             gates, _, *plan, _, _ = uc.route(r.normal(tokens, E), top_k=T)
             forms = {"gather": (r.normal(tokens, C, dtype=dtype),)}
             forms["combine"] = (r.normal(tokens * T, C, dtype=dtype), gates, r.normal(tokens, M, dtype=dtype))
-            for name, w, trained in _expert_weights(r, E, M, C, dtype):
+            for name, w, trained in _expert_weights(r, E, M, C, dtype, every_rank=tokens == 4096):
                 for form, (x, *more) in forms.items():
                     wanted = lambda x, w, plan, *more, trained=trained: (x, *trained(w), *more)  # noqa: E731
                     args = (x, w, tuple(plan), *more)
@@ -288,11 +288,11 @@ def _experts(call: Calls, r: Random, target: Target) -> None:
 
 
 def _expert_weights(
-    r: Random, E: int, M: int, C: int, dtype: torch.dtype
+    r: Random, E: int, M: int, C: int, dtype: torch.dtype, *, every_rank: bool
 ) -> Iterator[tuple[str, Any, Callable[[Any], list[Tensor]]]]:
     """(name, weight, its trained leaves)."""
     yield "trained", r.normal(E, M, C, dtype=dtype), lambda w: [w]
-    for rank in (8, 32, 64) if dtype == BF16 else (8,):
+    for rank in (8, 32, 64) if dtype == BF16 and every_rank else (8,):
         part = LoRA(a=r.normal(E, rank, C, dtype=FP32), b=r.normal(E, M, rank, dtype=FP32), scale=2.0)
         yield f"rank {rank}", Adapted(base=r.normal(E, M, C, dtype=dtype), parts=(part,), rows=(M,)), _adapters
 
