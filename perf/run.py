@@ -1,4 +1,4 @@
-"""Measure every op on a CUDA machine: ``python perf/run.py [OP ...]``. What is measured stands in ``perf/ops.py``.
+"""Measure every op on a CUDA machine: ``python perf/run.py [OP ...]``. What is measured stands in ``perf/ops/``.
 
 An implementation is timed only if its outputs and gradients agree with the oracle (the reference in fp32 or better) in
 this same process. Forward and backward apart, by CUDA events, ours and the peers' in turns, the median of all. Cold L2:

@@ -1,7 +1,7 @@
 """Search better launch parameters on this CUDA machine: ``python perf/tune.py [OP ...]``.
 
 Launch parameters are read at the moment of a launch from the globals of an op's file: a dictionary of rows, a function
-of shapes that gives a tuple, or a number. ``KNOBS`` names them. For every entry that the shapes of ``perf/ops.py`` use,
+of shapes that gives a tuple, or a number. ``KNOBS`` names them. For every entry that the shapes of ``perf/ops/`` use,
 the search walks from today's values downhill, one number doubled, halved or (pipeline stages) moved by one at a time,
 as long as that is more than 1 % faster. A candidate counts only if outputs and gradients agree with those of today's
 table, in this process. At the end today's and the best entry are timed again, in turns, and the best is printed as
@@ -261,7 +261,7 @@ def tune(machine: run.Machine, cases: Sequence[Case], seconds: float) -> Iterato
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="perf/tune.py", description="Search better launch parameters.")
-    parser.add_argument("op", nargs="*", help="cases of perf/ops.py; all if none is named")
+    parser.add_argument("op", nargs="*", help="cases of perf/ops/; all if none is named")
     parser.add_argument("--seconds", type=float, default=60.0, help="longest search of one entry")
     parser.add_argument("--check", action="store_true", help="exit with 1 if today's table loses more than 3 %%")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on any machine: times mean nothing")

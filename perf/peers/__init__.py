@@ -1,5 +1,5 @@
 """Other people's implementations of our ops, one adapter file a library: each has ``DISTRIBUTION``, which pip installs,
-and ``PEERS``, a mapping from a case of ``perf/ops.py`` to what takes that case's arguments. A library that is not there
+and ``PEERS``, a mapping from a case of ``perf/ops/`` to what takes that case's arguments. A library that is not there
 is a note, never an error; one that changed gets no row, since a peer is checked like we are."""
 
 import importlib
