@@ -104,7 +104,7 @@ class Recorder:
             (torch._C, "_cuda_getCurrentRawStream", lambda _: 0),
             (FakeTensor, "data_ptr", _address),
             (triton.compiler, "compile", self._compile),
-            (jit, "DependenciesFinder", _Dependencies),
+            (jit, "DependenciesFinder", Dependencies),
             (jit.JITCallable, "cache_key", property(_cache_key)),
         ):
             setattr(module, name, value)
@@ -112,29 +112,39 @@ class Recorder:
         return FakeTensorMode(allow_non_fake_inputs=True)
 
     def _compile(self, source: Any, target: Any = None, options: Any = None, **_: Any) -> "_Compiled":
-        fn, names, constants = source.fn, source.fn.arg_names, source.constants
-        kernel, (call, model) = kernel_name(fn), self._running
-        named = {names[path[0]]: value for path, value in constants.items() if len(path) == 1}
-        counts = {name for file, some in COUNTS.items() if kernel.startswith(file) for name in some}
-        kind = [{path: v for path, v in d.items() if names[path[0]] not in counts} for d in (constants, source.attrs)]
-        alike = str((kernel, kind, {k: v for k, v in source.signature.items() if k not in counts}, options))
-        if alike not in self._seen:
+        if (alike := _alike(source, options)) not in self._seen:
             self._seen.add(alike)
-            pointers = [kind[1:] for kind in source.signature.values() if str(kind).startswith("*")]
-            facts = {k: v for k, v in {**options, **named}.items() if isinstance(v, bool | int | float | str | None)}
-            facts["dtype"] = (*pointers, "")[0]
-            absent = [name for name, value in named.items() if value is None]
-            shown = [f"{names[i]}={named[names[i]]}" for i in fn.constexprs if named.get(names[i]) is not None]
-            shown += [f"without {','.join(absent)}"] if absent else []
-            shown += [f"warps={options['num_warps']} stages={options['num_stages']}"]
-            shown += [f"maxnreg={options['maxnreg']}"] if options["maxnreg"] else []
-            name = " ".join([kernel, self.target.name, facts["dtype"], *shown])
-            chosen = sorted((k, v) for k, v in options.items() if k != "extern_libs")  # a path of this machine
-            code = [source.hash(), sorted(constants.items(), key=str), chosen, self.target.name, triton.__version__]
-            key = hashlib.sha256(str(code).encode()).hexdigest()[:32]
-            self.launches.append(Launch(self.target, kernel, facts, call, model, name, key))
+            self.launches.append(self._describe(source, options))
             self.requests.append((source, dict(options)))
         return _Compiled(self.sites)
+
+    def _describe(self, source: Any, options: Mapping[str, Any]) -> Launch:
+        fn, names, (call, model) = source.fn, source.fn.arg_names, self._running
+        pointers = [kind[1:] for kind in source.signature.values() if str(kind).startswith("*")]
+        named = {names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
+        facts = {k: v for k, v in {**options, **named}.items() if isinstance(v, bool | int | float | str | None)}
+        facts["dtype"] = (*pointers, "")[0]
+        absent = [name for name, value in named.items() if value is None]
+        shown = [f"{names[i]}={named[names[i]]}" for i in fn.constexprs if named.get(names[i]) is not None]
+        shown += [f"without {','.join(absent)}"] if absent else []
+        shown += [f"warps={options['num_warps']} stages={options['num_stages']}"]
+        shown += [f"maxnreg={options['maxnreg']}"] if options["maxnreg"] else []
+        name = " ".join([kernel_name(fn), self.target.name, facts["dtype"], *shown])
+        chosen = sorted((k, v) for k, v in options.items() if k != "extern_libs")  # a path of this machine
+        code = [source.hash(), sorted(source.constants.items(), key=str), chosen, self.target.name, triton.__version__]
+        key = hashlib.sha256(str(code).encode()).hexdigest()[:32]
+        return Launch(self.target, kernel_name(fn), facts, call, model, name, key)
+
+
+def _alike(source: Any, options: Mapping[str, Any]) -> str:
+    """What a launch has in common with those that need not be compiled beside it."""
+    kernel, names = kernel_name(source.fn), source.fn.arg_names
+    counts = {name for file, some in COUNTS.items() if kernel.startswith(file) for name in some}
+    kinds = {name: kind for name, kind in source.signature.items() if name not in counts}
+    known = [
+        {path: v for path, v in d.items() if names[path[0]] not in counts} for d in (source.constants, source.attrs)
+    ]
+    return str((kernel, kinds, known, options))
 
 
 @dataclass
@@ -172,7 +182,7 @@ class _Driver:
         return self.target.triton
 
 
-class _Dependencies(jit.DependenciesFinder):
+class Dependencies(jit.DependenciesFinder):
     """Triton's hash of a kernel and all that it calls and names, here without comments and docstrings."""
 
     def __init__(self, *, src: str, **about: Any) -> None:

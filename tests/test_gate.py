@@ -11,7 +11,7 @@ import pytest
 
 from perf import gate
 from perf.gate_compile import Figures, measure
-from perf.gate_record import TARGETS, Launch, Row, unreached_rows
+from perf.gate_record import TARGETS, Dependencies, Launch, Row, unreached_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = Launch(TARGETS["sm_90"], "f._k", {"dtype": "bf16", "HEAD": 64, "num_warps": 4}, "f 1x2", True, "f._k", "key")
@@ -108,6 +108,14 @@ def test_figures_are_read_off_the_assembly():
     ptxas info    : Used 255 registers, used 1 barriers"""
     found = measure(ptx, said, 99)
     assert found == Figures(255, 8, 99, True, ("wgmma",), round(32 / 34, 3), 0.0)
+
+
+def test_comments_do_not_make_another_kernel():
+    def code(source):
+        return Dependencies(name="k", globals={}, nonlocals={}, src=source).ret
+
+    plain = code("def k(x):\n    x = 1\n")
+    assert code('def k(x):\n    """Doc."""\n\n    x = 1  # why\n') == plain != code("def k(x):\n    x = 2\n")
 
 
 TOY = """
