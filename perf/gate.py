@@ -7,7 +7,7 @@ not there, and judged by what the compiler says. This is how a machine without a
 that says it is the target, and Triton is stopped where it would call its compiler: what it was about to compile, it
 would compile on that GPU, with the same specialisation of every argument. So a new kernel, a changed table or another
 number of warps is seen here without being told. What runs stands in ``perf/gate_cases.py``: the cases of
-``perf/ops.py`` and what reaches the rest of the tables; a kernel, a launch or a row of a table that nothing reached
+``perf/ops`` and what reaches the rest of the tables; a kernel, a launch or a row of a table that nothing reached
 fails the gate.
 
 *What is asserted* of each: it compiles; nothing spills; shared memory fits the part; wgmma is not serialised, and no

@@ -1,4 +1,4 @@
-"""What the compile gate runs: the cases of ``perf/ops.py``, and what reaches the rest of the launch tables.
+"""What the compile gate runs: the cases of ``perf/ops``, and what reaches the rest of the launch tables.
 
 Nothing here has a value: tensors are shapes, dtypes and strides. To reach a row of a table, add a shape that picks it.
 """
@@ -40,7 +40,7 @@ product = _file("product")
 CPU = torch.device("cpu")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-# Further shapes for the cases of perf/ops.py, which make the arguments of them, in bf16.
+# Further shapes for the cases of perf/ops, which make the arguments of them, in bf16.
 WIDTHS = (64, 128, 256, 512, 1000, 1024, 2048, 16384, 32768, 65536)  # 1000 is not divisible by 16
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "embedding": tuple((256, 1000, D) for D in (64, 128, 256, 1000)),
@@ -63,7 +63,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
 SUBSETS = "sm_90"
 # fp16 differs from bf16 in conversions alone, and fp32 products use nothing in which parts differ. So fp16 is compiled
 # for one part, fp32 for that and for the one with the least shared memory; both at the first shape of each case in
-# perf/ops.py, and where a table depends on the dtype.
+# perf/ops, and where a table depends on the dtype.
 OTHER_DTYPES = {"sm_90": (FP16, FP32), "sm_89": (FP32,)}
 WIDE: dict[str, tuple[Shape, ...]] = {  # in fp32
     "rms_norm": tuple((8192, D) for D in (128, 1024, 16384, 32768)),

@@ -260,7 +260,7 @@ def unreached_sites(sites: set[tuple[str, int]], folder: Path = LIBRARY) -> list
     return complaints
 
 
-UNREACHED = "no case of perf/ops.py or perf/gate_cases.py"
+UNREACHED = "no case of perf/ops or perf/gate_cases.py"
 
 
 @dataclass(frozen=True)
