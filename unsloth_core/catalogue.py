@@ -27,8 +27,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys("DC", 4096),
     "F": 14336,
     "V": 128256,
-    "H": 32,
-    "G": 8,
+    **dict.fromkeys(("H", "heads"), 32),
+    **dict.fromkeys(("G", "kv_heads"), 8),
     "E": 8,
     "K": 128,
     "J": 64,
@@ -36,6 +36,7 @@ SIZES: dict[str, Any] = {
     "lengths": [(8192, 8192)],
     "w": torch.empty(14336, 4096, dtype=torch.bfloat16, device="meta"),
 }
+WEIGHTS = {"linear_rope": (6144, 4096), "glu_linear": (4096, 14336)}  # of ops whose w has a shape of its own
 WIDTH = 110
 Row = dict[str, Any]
 
@@ -106,8 +107,9 @@ def _work(name: str, cost: Callable[..., Cost]) -> dict[str, Cost]:
     wanted = [p for p in parameters.values() if p.default is p.empty]
     if missing := [p.name for p in wanted if p.name not in SIZES]:
         raise LookupError(f"catalogue: cost of {name} takes {missing[0]!r}, which SIZES does not have")
-    positional = [SIZES[p.name] for p in wanted if p.kind is not p.KEYWORD_ONLY]
-    named = {p.name: SIZES[p.name] for p in wanted if p.kind is p.KEYWORD_ONLY}
+    sizes = {**SIZES, "w": SIZES["w"].new_empty(WEIGHTS.get(name, SIZES["w"].shape))}
+    positional = [sizes[p.name] for p in wanted if p.kind is not p.KEYWORD_ONLY]
+    named = {p.name: sizes[p.name] for p in wanted if p.kind is p.KEYWORD_ONLY}
     work = {"fwd": cost(*positional, **named)}
     if "backward" in parameters:
         work["bwd"] = cost(*positional, **named, backward=True)

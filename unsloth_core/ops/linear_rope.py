@@ -6,7 +6,8 @@ Formula, with H query heads and G key heads of K channels, M = (H + 2G)·K:
 Backward: dq and dk turned back and dv as it is are laid side by side as dqkv, whose product is :mod:`.linear`'s.
 
 q, k and v are views of one new tensor (N, H + 2G, K), so a schedule that keeps them keeps the product's bytes, turned
-already. Residuals: those of linear and of rope.
+already.
+Residuals: those of linear and of rope.
 Dtypes: those of linear; cos and sin fp32, without a gradient.
 Bytes moved beside the product, per element of 2 bytes: forward 4 of q and k, nothing of v; backward 4 of each. As three
 ops 4 of q and k forward, and again where it is replayed, and backward 8 of them and 4 of v: the split's backward is
