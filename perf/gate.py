@@ -117,10 +117,10 @@ def _beyond(rule: str, figure: Any, allowed: Any) -> bool:
     return figure < allowed if rule == "narrow" else figure > allowed
 
 
-def write_budgets(found: Findings, file: Path = BUDGETS) -> None:
-    """What was found becomes the budget of this Triton, for the launches that ran."""
+def write_budgets(found: Findings, file: Path = BUDGETS, *, everything: bool = False) -> None:
+    """What was found becomes the budget of this Triton, for the launches that ran; of ``everything``, the only one."""
     budgets = json.loads(file.read_text())
-    mine = {**budgets["figures"].get(triton.__version__, {}), **found}
+    mine = found if everything else {**budgets["figures"].get(triton.__version__, {}), **found}
     budgets["figures"][triton.__version__] = {name: mine[name] for name in sorted(mine) if mine[name]}
     file.write_text(json.dumps(budgets, indent=1) + "\n")
 
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complaints += unreached_sites(sites)
     found = worst(results)
     if chosen.write:
-        write_budgets(found)
+        write_budgets(found, everything=not (chosen.target or chosen.kernels))
     budgets = json.loads(BUDGETS.read_text())
     complaints += judge(found, budgets["figures"].get(triton.__version__, {}), budgets["reasons"])
     print(*complaints, sep="\n")

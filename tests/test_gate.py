@@ -72,6 +72,8 @@ def test_written_budgets_are_met(tmp_path):
     assert gate.judge(found, figures, REASONS) == []
     gate.write_budgets(gate.worst([(LAUNCH, GOOD)]), file)
     assert list(*json.loads(file.read_text())["figures"].values()) == ["f._old"]
+    gate.write_budgets(found, file, everything=True)
+    assert list(*json.loads(file.read_text())["figures"].values()) == [NAME]
 
 
 def test_every_budget_has_its_reason():
