@@ -22,7 +22,7 @@ from matplotlib.patches import Patch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that a plain checkout is enough
 
-from perf.ops import REFERENCE  # noqa: E402
+from perf.ops import is_peer  # noqa: E402
 from unsloth_core.catalogue import RECORDS, Row, read_records  # noqa: E402
 
 OURS, PEER, INK = "#3d8bd9", "#8f959c", "#727a83"
@@ -60,7 +60,7 @@ def pairs(rows: Sequence[Row]) -> list[Pair]:
     for ours in (row for row in rows if row["impl"] == "ours"):
         if first.setdefault(ours["op"], ours["shape"]) != ours["shape"]:
             continue
-        peers = [row for row in rows if row["impl"] not in ("ours", REFERENCE)]
+        peers = [row for row in rows if is_peer(row["impl"])]
         same = [p for p in peers if all(p[key] == ours[key] for key in ("op", "direction", "shape", "dtype"))]
         found.append(Pair(ours, min(same, key=lambda row: row["ms"], default=None)))
     return found

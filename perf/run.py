@@ -6,6 +6,12 @@ arguments and outputs rotate through more memory than L2 holds. The GPU sleeps b
 needs to launch it, so that the time is the GPU's; the host's own time is another column. What only generation runs is
 timed as generation runs it: one call of many in a CUDA graph.
 
+At its power limit a GPU is as fast as the work before has left it cool, so who follows whom must not decide. Turns are
+balanced: each implementation follows each other one equally often and is equally often first, second, and so on
+(``rounds_of``). All sleep equally long before a call, since sleeping cools. And a turn begins with calls that are not
+timed (``turn_of``), so that each is measured in the state that it brings about itself, as in a loop of its own; balance
+is for what is left of its predecessor's.
+
 Bytes and FLOPs are the op's ``cost``: what has to be moved and computed at least, whoever does it. The ceiling is what
 this machine reached in this run: a copy (bytes read and written) and a bf16 product of 8192 x 8192 matrices."""
 
@@ -16,6 +22,7 @@ import datetime
 import functools
 import gc
 import importlib
+import itertools
 import json
 import math
 import statistics
@@ -41,7 +48,8 @@ from unsloth_core import tree  # noqa: E402
 
 # Allowed relative norm of an error, for results that are rounded in this dtype a few times on the way.
 BOUND = {torch.bfloat16: 2**-6, torch.float32: 2**-20}
-ROUNDS = 3
+LEAST_ROUNDS = 3
+LEAD_MS, LEAD_CALLS = 25.0, 8  # a turn's calls before those that are timed: so long, but not more than so many
 RATIOS = {"ratio_to_cudnn": "sdpa cudnn", "ratio_to_flash": "sdpa flash"}
 Call = Callable[[], Any]
 
@@ -136,6 +144,31 @@ class Machine:
         self.bytes_per_s, self.flops_per_s = 2 * source.nbytes / seconds[0], 2 * n**3 / seconds[1]
 
 
+# ---- who is measured when
+
+
+def rounds_of(count: int) -> list[list[int]]:
+    """Rounds in which each of ``count`` has one turn: within them, each follows each other one equally often, and each
+    has every place equally often.
+
+    E. J. Williams's Latin squares (1949): 0, 1, -1, 2, -2, ... modulo ``count`` has every difference once if ``count``
+    is even, so its shifts have every pair of neighbours once. If ``count`` is odd, every difference comes twice or
+    never, and the mirrored rounds have the others. Repeated until there are at least ``LEAST_ROUNDS``."""
+    zigzag = [(place + 1) // 2 if place % 2 else -(place // 2) for place in range(count)]
+    rounds = [[(each + shift) % count for each in zigzag] for shift in range(count)]
+    if count % 2:
+        rounds += [each[::-1] for each in rounds]
+    return rounds * math.ceil(LEAST_ROUNDS / max(len(rounds), 1))
+
+
+def turn_of(ms: float, turns: int) -> tuple[int, int]:
+    """How many calls of ``ms`` milliseconds one of so many turns has: not timed, then timed.
+
+    Of the latter there are 45 in all turns together, or what fits into 100 ms, but 6 at least."""
+    lead = min(max(int(LEAD_MS / ms), 1), LEAD_CALLS)
+    return lead, math.ceil(min(max(100 / ms, 6), 45) / turns)
+
+
 # ---- one implementation of one op
 
 
@@ -181,10 +214,10 @@ def results(case: Case, fn: Callable[..., Any], args: tuple[Any, ...]) -> list[T
     return [t.detach() for t in (*outs, *gradients)]
 
 
-def oracle(case: Case, args: tuple[Any, ...]) -> list[Tensor]:
-    """Outputs and gradients of the reference in fp32."""
+def oracle(case: Case, reference: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
+    """Outputs and gradients of a reference in fp32."""
     wide = tree.map(lambda t: t.detach().float() if t.is_floating_point() else t, args)
-    return results(case, case.peers[REFERENCE], wide)
+    return results(case, reference, wide)
 
 
 def check(case: Case, fn: Callable[..., Any], args: tuple[Any, ...], truth: Sequence[Tensor]) -> None:
@@ -236,13 +269,15 @@ class Bench:
             candidates["compile"] = torch.compile(plain, dynamic=False)
         shape = case.tiny if self.machine.smoke else case.small
         args = arguments(case, shape, self.machine, seed=0)
-        truth = oracle(case, args)
+        truths = {impl: oracle(case, beside.reference, args) for impl, beside in case.yardsticks.items()}
+        truth = oracle(case, case.peers[REFERENCE], args)
         if not self.with_reference:
             del candidates[REFERENCE]
+        candidates |= {impl: beside.call for impl, beside in case.yardsticks.items()}
         fns, host = {}, {}
         for impl, fn in candidates.items():
             try:
-                check(case, fn, args, truth)
+                check(case, fn, args, truths.get(impl, truth))
                 for direction in case.costs(args, *shape):
                     call = _call(case, fn, args, direction)
                     call()
@@ -266,27 +301,30 @@ class Bench:
         for direction, cost in case.costs(sets[0], *shape).items():
             ready: dict[str, list[Call]] = {}
             extra: dict[str, float] = {}
-            repeats: dict[str, int] = {}
+            once: dict[str, float] = {}
             for impl, fn in fns.items():
                 try:
                     ready[impl] = calls(case, fn, sets, direction)
                     ready[impl][0]()  # compiles
                     extra[impl] = self.machine.extra_mib(ready[impl][0])
-                    # One slow sample must not set the number of repeats.
-                    once = min(self.machine.milliseconds(ready[impl][-1], host[impl, direction]) for _ in range(3))
-                    repeats[impl] = 1 if self.machine.smoke else min(max(int(100 / ROUNDS / once), 2), 15)
+                    # One slow sample must not set the number of calls.
+                    once[impl] = min(
+                        self.machine.milliseconds(ready[impl][-1], host[impl, direction]) for _ in range(3)
+                    )
                 except Exception as error:
                     self._failed(case, impl, error, shape, direction)
                     ready.pop(impl, None)
-                if impl not in repeats:
+                if impl not in once:
                     self._free()  # only now: until here the error held what it had allocated
             if case.replay and self.machine.device.type == "cuda":
-                times = self._replayed(case, shape, direction, {impl: ready[impl] for impl in repeats})
+                times = self._replayed(case, shape, direction, ready)
             else:
-                times = self._in_turns(ready, repeats, host, direction, len(sets))
-            best = min((t for impl, t in times.items() if impl not in ("ours", REFERENCE)), default=math.nan)
+                times = self._in_turns(ready, once, max((host[impl, direction] for impl in ready), default=0.0))
+            best = min((t for impl, t in times.items() if ops.is_peer(impl)), default=math.nan)
+            own = {impl: beside.costs(sets[0], *shape)[direction] for impl, beside in case.yardsticks.items()}
             for impl, ms in times.items():
-                seconds = cost.seconds(bytes_per_s=self.machine.bytes_per_s, flops_per_s=self.machine.flops_per_s)
+                work = own.get(impl, cost)
+                seconds = work.seconds(bytes_per_s=self.machine.bytes_per_s, flops_per_s=self.machine.flops_per_s)
                 row = {
                     "op": case.op,
                     "impl": impl,
@@ -294,12 +332,12 @@ class Bench:
                     "shape": list(shape),
                     "dtype": str(case.dtype).removeprefix("torch."),
                     "ms": _round(ms),
-                    "gbps": _round(cost.bytes / ms / 1e6),
-                    "tflops": _round(cost.flops / ms / 1e9),
+                    "gbps": _round(work.bytes / ms / 1e6),
+                    "tflops": _round(work.flops / ms / 1e9),
                     "pct_of_ceiling": _round(1e5 * seconds / ms),
                     "extra_mib": _round(extra[impl]),
                     "host_us": _round(host[impl, direction]),
-                    "ratio_to_best_peer": None if math.isnan(best) else _round(best / ms),
+                    "ratio_to_best_peer": None if math.isnan(best) or impl in own else _round(best / ms),
                 }
                 if case.op.startswith("attention"):  # its two yardsticks, whichever is faster
                     row |= {key: _round(times[peer] / ms) if peer in times else None for key, peer in RATIOS.items()}
@@ -315,28 +353,23 @@ class Bench:
                 self._failed(case, impl, error, shape, direction)
         return times
 
-    def _in_turns(
-        self,
-        ready: dict[str, list[Call]],
-        repeats: dict[str, int],
-        host: dict[tuple[str, str], float],
-        direction: str,
-        copies: int,
-    ) -> dict[str, float]:
-        """Median milliseconds; in every round each implementation has its turn."""
-        samples: dict[str, list[float]] = {impl: [] for impl in repeats}
-        for _ in range(1 if self.machine.smoke else ROUNDS):
-            for impl, count in repeats.items():
-                kept: Any = collections.deque(maxlen=copies)  # outputs rotate too: freed at once, they would stay in L2
-                for _ in range(count):
-                    call = ready[impl][len(samples[impl]) % copies]
-                    samples[impl].append(self.machine.milliseconds(call, host[impl, direction], kept.append))
+    def _in_turns(self, ready: dict[str, list[Call]], once: dict[str, float], host_us: float) -> dict[str, float]:
+        """Median milliseconds of implementations that take turns; see the head of this file."""
+        names = list(ready)
+        rounds = [list(range(len(names)))] if self.machine.smoke else rounds_of(len(names))
+        samples: dict[str, list[float]] = {impl: [] for impl in names}
+        sources = {impl: itertools.cycle(calls) for impl, calls in ready.items()}
+        for impl in (names[each] for row in rounds for each in row):
+            lead, timed = (0, 1) if self.machine.smoke else turn_of(once[impl], len(rounds))
+            kept: Any = collections.deque(maxlen=len(ready[impl]))  # outputs rotate too: freed, they would stay in L2
+            taken = [self.machine.milliseconds(next(sources[impl]), host_us, kept.append) for _ in range(lead + timed)]
+            samples[impl] += taken[lead:]
         return {impl: statistics.median(ms) for impl, ms in samples.items()}
 
     def _failed(self, case: Case, impl: str, error: Exception, shape: Shape = (), direction: str = "") -> None:
         where = " ".join(filter(None, [case.op, impl, direction, "x".join(map(str, shape))]))
         text = f"{where}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if impl == "ours":
+        if impl == "ours" or impl in case.yardsticks:
             self.failures.append(text)
             traceback.print_exception(error)
         else:

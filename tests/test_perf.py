@@ -1,7 +1,9 @@
 """``perf/run.py`` with tiny shapes: every op's entry works, wrong results get no row, rows are complete."""
 
 import ast
+import collections
 import dataclasses
+import itertools
 import json
 import sys
 
@@ -46,16 +48,63 @@ def test_every_op_is_measured():
 def test_entry(machine, op):
     bench, rows = measured(machine, CASES[op])
     assert not bench.failures
-    assert {"ours", "torch"} <= {row["impl"] for row in rows}
+    assert {"ours", "torch", *CASES[op].yardsticks} <= {row["impl"] for row in rows}
     assert {row["direction"] for row in rows} in ({"fwd"}, {"fwd", "bwd"}, {"fwd+bwd"})
     for row in rows:
         assert row.keys() == KEYS | (set(run.RATIOS) if op.startswith("attention") else set())
         assert json.loads(json.dumps(row)) == row
         assert row["op"] == op and row["shape"] == list(CASES[op].tiny)
         assert row["ms"] > 0 and row["gbps"] > 0 and row["tflops"] > 0
-        has_peer = any(other["impl"] not in ("ours", ops.REFERENCE) for other in rows)
-        assert row["ratio_to_best_peer"] > 0 if has_peer else row["ratio_to_best_peer"] is None
+        compared = row["impl"] not in CASES[op].yardsticks and any(ops.is_peer(other["impl"]) for other in rows)
+        assert row["ratio_to_best_peer"] > 0 if compared else row["ratio_to_best_peer"] is None
     assert {len(shape) for shape in (*CASES[op].shapes, CASES[op].small)} == {len(CASES[op].tiny)}
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_rounds_are_balanced(count):
+    rounds = run.rounds_of(count)
+    assert len(rounds) >= run.LEAST_ROUNDS and len(rounds) % (2 * count if count % 2 else count) == 0
+    assert all(sorted(turns) == list(range(count)) for turns in rounds)
+    follows = collections.Counter(pair for turns in rounds for pair in itertools.pairwise(turns))
+    assert set(follows) == set(itertools.permutations(range(count), 2)) and len(set(follows.values())) <= 1
+    for place in zip(*rounds, strict=True):
+        assert set(collections.Counter(place).values()) == {len(rounds) // count}
+
+
+@pytest.mark.parametrize(
+    ("ms", "turns", "calls"), [(0.05, 6, (8, 8)), (3, 4, (8, 9)), (10, 4, (2, 3)), (45, 4, (1, 2))]
+)
+def test_a_turn_begins_with_calls_that_are_not_timed_and_long_calls_are_few(ms, turns, calls):
+    assert run.turn_of(ms, turns) == calls
+
+
+def test_times_are_those_of_balanced_turns_after_their_lead(monkeypatch):
+    """A machine that is slow for 20 ms after the implementation "hot" and otherwise takes 10 ms for each call."""
+    machine, log = run.Machine(DEVICE, smoke=False), []
+
+    def milliseconds(call, host_us, keep):
+        recent = [name for name, _ in log[-2:]]
+        log.append((call(), host_us))
+        return 10.0 + 3.0 * ("hot" in recent and log[-1][0] != "hot")
+
+    monkeypatch.setattr(machine, "milliseconds", milliseconds)
+    ready = {name: [lambda name=name: name] for name in ("hot", "a", "same as a")}
+    times = run.Bench(machine, {}, print)._in_turns(ready, dict.fromkeys(ready, 10.0), host_us=7.0)
+    assert times == {"hot": 10.0, "a": 10.0, "same as a": 10.0}
+    lead, timed = run.turn_of(10.0, turns=6)
+    assert collections.Counter(log) == {(name, 7.0): 6 * (lead + timed) for name in ready}
+
+
+def test_a_yardstick_is_measured_in_turns_checked_by_its_own_reference_and_nobodys_peer(machine):
+    case = CASES["linear_logprob"]
+    ((name, beside),) = case.yardsticks.items()
+    bench, rows = measured(machine, case)
+    assert not bench.failures and {row["impl"] for row in rows} == {"ours", "torch", name}
+    assert not ops.is_peer(name) and all(row["ratio_to_best_peer"] is None for row in rows)
+    wrong = dataclasses.replace(beside, call=lambda *args: 1.1 * beside.call(*args))
+    bench, rows = measured(machine, dataclasses.replace(case, yardsticks={name: wrong}))
+    assert len(bench.failures) == 1 and "is wrong" in bench.failures[0]
+    assert {row["impl"] for row in rows} == {"ours", "torch"}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +192,7 @@ def test_ratio_is_the_fastest_peers_time_over_this_one(machine):
     _, rows = measured(machine, CASES["rms_norm"])
     for direction in ("fwd", "bwd"):
         some = {row["impl"]: row for row in rows if row["direction"] == direction}
-        best = min(row["ms"] for impl, row in some.items() if impl not in ("ours", ops.REFERENCE))
+        best = min(row["ms"] for impl, row in some.items() if ops.is_peer(impl))
         assert some["ours"]["ratio_to_best_peer"] == pytest.approx(best / some["ours"]["ms"], rel=2e-3)
 
 

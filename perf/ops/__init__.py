@@ -6,9 +6,9 @@ which is also the oracle; where PyTorch has a call of its own for the op, that i
 import torch
 
 from . import adamw, attention, experts, losses, memory_bound, products
-from .case import REFERENCE, Case, Random, Shape
+from .case import REFERENCE, Case, Random, Shape, Yardstick, is_peer
 
-__all__ = ["REFERENCE", "Case", "Random", "Shape", "cases"]
+__all__ = ["REFERENCE", "Case", "Random", "Shape", "Yardstick", "cases", "is_peer"]
 
 
 def cases(device: torch.device) -> list[Case]:

@@ -1,6 +1,7 @@
 """Attention in all its forms."""
 
 import functools
+import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
@@ -15,9 +16,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from perf.peers import Peer
 from unsloth_core import backend
 from unsloth_core import ops as uc
+from unsloth_core.cost import Cost
 from unsloth_core.segments import Segments
 
-from .case import Case, Random, Shape, cost_of
+from .case import Case, Random, Shape, Yardstick, cost_of
 
 
 def cases(device: torch.device) -> Iterator[Case]:
@@ -28,6 +30,9 @@ def cases(device: torch.device) -> Iterator[Case]:
     def batch(r: Random, B: int, T: int, H: int, G: int, K: int) -> tuple[Any, ...]:
         segments = Segments.uniform(B, T, r.generator.device)
         return r.normal(B * T, H, K), r.normal(B * T, G, K), r.normal(B * T, G, K), segments, segments
+
+    def causal(args: Any, B: int, T: int, H: int, G: int, K: int) -> dict[str, Cost]:
+        return {d: attention([(T, T)] * B, H, G, K, 2, backward=d == "bwd") for d in ("fwd", "bwd")}
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, _: Segments) -> Tensor:
         batched = [t.unflatten(0, (-1, segments.max_len)).transpose(1, 2) for t in (q, k, v)]
@@ -64,10 +69,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             wanted=lambda q, k, v, *segments: [q, k, v],
             ours=uc.attention,
             peers={"torch": backend.reference("attention"), **both()},
-            costs=lambda args, B, T, H, G, K: {
-                "fwd": attention([(T, T)] * B, H, G, K, 2),
-                "bwd": attention([(T, T)] * B, H, G, K, 2, backward=True),
-            },
+            costs=causal,
         )
 
     def packed(r: Random, S: int, N: int, H: int, G: int, K: int) -> tuple[Any, ...]:
@@ -136,6 +138,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             "fwd": attention([(T, T)] * B, H, G, K, 2, window=window),
             "bwd": attention([(T, T)] * B, H, G, K, 2, window=window, backward=True),
         },
+        yardsticks={"ours: full causal": Yardstick(uc.attention, backend.reference("attention"), causal)},
     )
 
     def chunk(r: Random, C: int, N: int, H: int, G: int, K: int) -> tuple[Any, ...]:
@@ -180,4 +183,5 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 @functools.cache
 def _flex() -> Callable[..., Tensor]:
+    importlib.import_module("torch._functorch.config").donated_buffer = False  # its backward runs many times here
     return torch.compile(flex_attention, dynamic=False)

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,11 @@ from unsloth_core.cost import Cost
 Shape = tuple[int, ...]
 REFERENCE = "torch"  # a peer only in name: written to be exact and not to be fast; PyTorch's own calls have other names
 RANK = 16
+
+
+def is_peer(impl: str) -> bool:
+    """Whether a row of this name is somebody else's: neither ours, nor a yardstick of ours, nor the reference."""
+    return impl != REFERENCE and impl.split(":")[0] != "ours"
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,25 @@ class Random:
 
 
 @dataclass(frozen=True)
+class Yardstick:
+    """Another call of ours on a case's arguments, whose time a bar of that case is relative to.
+
+    It takes turns with the others, so that both times are of one run. It answers another question than they do: it is
+    checked against a ``reference`` of its own, its work is that of its own ``costs``, and it is nobody's peer."""
+
+    call: Callable[..., Any]
+    reference: Callable[..., Any]
+    costs: Callable[..., Mapping[str, Cost]]
+
+
+@dataclass(frozen=True)
 class Case:
     """One op.
 
     ``make(random, *shape)`` gives the arguments that ``ours`` and every peer take; ``wanted(*args)`` the tensors that
     get a gradient; ``costs(args, *shape)`` the directions that are measured, with the least work of each. ``small``
     runs the kernels of the large shapes and is checked against the oracle; ``tiny`` is for ``--smoke``. ``replay``: it
-    is timed inside a CUDA graph."""
+    is timed inside a CUDA graph. The name of a yardstick begins with "ours: "."""
 
     op: str
     shapes: tuple[Shape, ...]
@@ -61,6 +78,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     compiles: bool = True
     replay: bool = False
+    yardsticks: Mapping[str, Yardstick] = field(default_factory=dict)
 
 
 def cost_of(op: str) -> Callable[..., Cost]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from unsloth_core import backend
 from unsloth_core import ops as uc
 
-from .case import Case, cost_of
+from .case import Case, Yardstick, cost_of
 
 
 def cases() -> Iterator[Case]:
@@ -73,6 +73,13 @@ def cases() -> Iterator[Case]:
         ours=lambda *args: uc.linear_logprob(*args)[0],
         peers={"torch": lambda *args: backend.reference("linear_logprob")(*args)[0]},
         costs=lambda args, N, V, D: {"fwd+bwd": logprob(N, D, V, N, 2, dx=True)},
+        yardsticks={
+            "ours: linear_cross_entropy": Yardstick(
+                uc.linear_cross_entropy,
+                backend.reference("linear_cross_entropy"),
+                lambda args, N, V, D: {"fwd+bwd": linear_loss(N, D, V, N, 2, dx=True)},
+            )
+        },
     )
 
 
