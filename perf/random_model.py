@@ -105,11 +105,11 @@ PLACES = ("device", "host", "nf4")
 
 
 def placed(params: Any, embed: str, head: str) -> Any:
-    """The same weights with embedding and head where they are said to be: "device", "host" (pinned), the head "nf4".
+    """The same weights with embedding and head where they are said to be: "device", "host" (pinned) or "nf4".
 
     A tied head is where the embedding is. Raises ValueError for anything else."""
-    if embed not in PLACES[:2] or head not in PLACES:
-        raise ValueError(f"embedding on {embed!r} and head on {head!r}, expected device or host, for the head also nf4")
+    if embed not in PLACES or head not in PLACES:
+        raise ValueError(f"embedding on {embed!r} and head on {head!r}, expected {', '.join(PLACES)}")
     device = params.norm.device
     params = dataclasses.replace(params, embed=_moved(params.embed, embed, device))
     return params if params.head is ABSENT else dataclasses.replace(params, head=_moved(params.head, head, device))
@@ -119,7 +119,7 @@ def _moved(t: Any, place: str, device: torch.device) -> Any:
     if place == "nf4":
         return t if isinstance(t, NF4) else nf4.quantize(t.to(device))
     if isinstance(t, NF4):
-        raise ValueError(f"the head is NF4, expected 16-bit weights to put on the {place}")
+        raise ValueError(f"embedding or head is NF4, expected 16-bit weights to put on the {place}")
     if place == "device":
         return t.to(device)
     return t.cpu().pin_memory() if device.type == "cuda" and t.is_cuda else t

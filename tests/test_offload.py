@@ -13,12 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unsloth_core import backend, data, lora, offload, optim, random, tree
 from unsloth_core.autodiff import INPUT, OFFLOAD, SAVE, value_and_grad
-from unsloth_core.load import load
+from unsloth_core.load import load, named_tensors
 from unsloth_core.models.decoder import Schedule
 from unsloth_core.ops import linear_cross_entropy, nf4
 from unsloth_core.remat import residual_report
 from unsloth_core.train import make_step
 from unsloth_core.tree import ABSENT
+from unsloth_core.weights import NF4
 
 SMALL = {"vocab_size": 97, "tokens": 16, "segments": 6}
 QUICK = None if DEVICE.type == "cuda" else "reference"  # the interpreter takes seconds for a step
@@ -217,19 +218,37 @@ def test_a_model_loads_and_trains_with_them_elsewhere(tmp_path, tied, head):
     assert (away.is_pinned() if DEVICE.type == "cuda" else away.device == DEVICE) and params.norm.device == DEVICE
     if head == "nf4" and not tied:
         same = dataclasses.replace(same, head=nf4.dequantize(params.head))
+    trains_alike(model, params, same)
+
+
+def trains_alike(model, params, same):
     one = data.Batch.of([([1, 5, 7, 2, 9], None), ([3, 4, 8], None)], vocab_size=258, tokens=16, segments=6)
     adapters = tree.map(lambda t: t + 0.01, lora.init(random.key(0), params, rank=2))
     with backend.using(QUICK):
         found, want = (
-            value_and_grad(lambda a, m=m, p=p: m.loss(lora.adapt(p, a), one)[0])(adapters)
-            for m, p in ((model, params), (here, same))
+            value_and_grad(lambda a, p=p: model.loss(lora.adapt(p, a), one)[0])(adapters) for p in (params, same)
         )
     for a, b in zip(tree.leaves(want), tree.leaves(found), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_in_nf4_is_its_decoded_self(tmp_path, tied):
+    """And so is a head that is tied to it: in training, in logits, and written out again."""
+    folder = str(write_folder(tmp_path / "model", tie_word_embeddings=tied, hidden_size=64))
+    model, params = load(folder, embed="nf4", device=DEVICE, dtype=torch.float32)
+    assert isinstance(params.embed, NF4) and (params.head is ABSENT) == tied
+    same = dataclasses.replace(params, embed=nf4.dequantize(params.embed))
+    trains_alike(model, params, same)
+    ids = torch.tensor([[1, 5, 7, 2], [9, 3, 4, 8]], device=DEVICE)
+    with backend.using(QUICK), torch.no_grad():
+        torch.testing.assert_close(model.logits(params, ids), model.logits(same, ids), rtol=1e-5, atol=1e-5)
+    named = named_tensors(params)
+    assert torch.equal(named["model.embed_tokens.weight"], same.embed) and ("lm_head.weight" in named) != tied
+
+
 def test_a_place_that_is_none_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"load: embed is 'nf4', expected one of \('device', 'host'\)"):
-        load(str(tmp_path), embed="nf4")
+    with pytest.raises(ValueError, match=r"load: embed is 'gpu', expected one of \('device', 'host', 'nf4'\)"):
+        load(str(tmp_path), embed="gpu")
     with pytest.raises(ValueError, match="load: head is 'disk', expected one of"):
         load(str(tmp_path), head="disk")

@@ -149,7 +149,11 @@ def test_a_schedule_of_ones_own_can_be_predicted():
     few = predict(raw, 2048, Schedule(chunk_logits=2**24), quantize="nf4", head="nf4")
     in_nf4 = table // 2 + table // 64 + table // 4096 + 1028
     assert few.peak < default.peak and default.weights - few.weights == 2 * table - in_nf4
-    assert few.schedule.chunk_logits == 2**24 and "head in NF4" in few.describe()
+    assert few.schedule.chunk_logits == 2**24 and "; head in NF4" in few.describe()
+    both = predict(raw, 2048, Schedule(chunk_logits=2**24), quantize="nf4", embed="nf4", head="nf4")
+    assert few.weights - both.weights == 2 * table - in_nf4 and "embedding and head in NF4" in both.describe()
+    tied = [predict({**raw, "tie_word_embeddings": True}, 2048, Schedule(), embed=e, head=e) for e in ("device", "nf4")]
+    assert tied[0].weights - tied[1].weights == 2 * table - in_nf4
 
 
 def test_a_captured_step_does_not_wait_for_the_host():
@@ -169,7 +173,7 @@ def test_memory_sizes():
     ("more", "message"),
     [
         ({"quantize": "int8"}, "plan: quantize is 'int8', expected one of"),
-        ({"embed": "disk"}, r"plan: embed is 'disk', expected one of \('device', 'host'\) or None"),
+        ({"embed": "disk"}, r"plan: embed is 'disk', expected one of \('device', 'host', 'nf4'\) or None"),
         ({"optimizer_states": "4bit"}, "plan: optimizer_states is '4bit', expected one of"),
     ],
 )

@@ -38,8 +38,8 @@ def load(
     ``device``, ``dtype``: default cuda and bfloat16 where there is a GPU, else cpu and float32. ``quantize="nf4"``
     stores the linears of all layers in 4 bits (double quantised, part by part, so that each is what bitsandbytes would
     make of it, but all experts of a layer as one); embedding, head, norms and routers stay ``dtype``.
-    ``embed``, ``head``: "device", or "host" (pinned; for training on a small GPU, which reads what it needs over the
-    link), the head also "nf4". A tied head is the embedding.
+    ``embed``, ``head``: "device", "host" (pinned; for training on a small GPU, which reads what it needs over the
+    link) or "nf4". A tied head is the embedding.
     Raises ValueError for a config field that no one handles, for tensors that are missing, left over or misshapen, and
     for a device that is not there;
     NotImplementedError for weights that are stored quantised other than in bitsandbytes' 4 bits (which stay as they
@@ -48,9 +48,9 @@ def load(
     source = os.fspath(source)
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"load: quantize is {quantize!r}, expected one of {QUANTIZATIONS}")
-    for name, place, places in (("embed", embed, PLACES[:2]), ("head", head, PLACES)):
-        if place not in places:
-            raise ValueError(f"load: {name} is {place!r}, expected one of {places}")
+    for name, place in (("embed", embed), ("head", head)):
+        if place not in PLACES:
+            raise ValueError(f"load: {name} is {place!r}, expected one of {PLACES}")
     wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)

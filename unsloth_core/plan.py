@@ -34,7 +34,7 @@ class Candidate:
     """One way to run the step: predicted ``peak`` (bytes), ``seconds``, and what both are made of."""
 
     schedule: Schedule
-    embed: str  # "device" or "host"
+    embed: str  # "device", "host" or "nf4"
     head: str
     peak: int
     where: str  # the place of the peak
@@ -59,7 +59,8 @@ class Candidate:
         parts += ["few logits"] if self.schedule.chunk_logits else []
         on_host = [name for name, place in (("embedding", self.embed), ("head", self.head)) if place == "host"]
         parts += [f"{' and '.join(on_host)} on the host"] if on_host else []
-        parts += ["head in NF4"] if self.head == "nf4" else []
+        coded = [name for name, place in (("embedding", self.embed), ("head", self.head)) if place == "nf4"]
+        parts += [f"{' and '.join(coded)} in NF4"] if coded else []
         return "; ".join(parts)
 
 
@@ -126,9 +127,9 @@ def plan(
     default no limit. ``embed``, ``head``: where they are, as for ``load``; None lets the plan choose between device and
     host (a tied head is where the embedding is). ``step``: the keywords of :func:`predict`. A pure function of these.
     Raises ValueError for options that are not such, and if nothing fits, with the smallest budget that would."""
-    for name, place, places in (("embed", embed, PLACES[:2]), ("head", head, PLACES)):
-        if place not in (None, *places):
-            raise ValueError(f"plan: {name} is {place!r}, expected one of {places} or None")
+    for name, place in (("embed", embed), ("head", head)):
+        if place not in (None, *PLACES):
+            raise ValueError(f"plan: {name} is {place!r}, expected one of {PLACES} or None")
     limit = parse_bytes(budget) if isinstance(budget, str) else budget
     run = Rehearsal(model, tokens, **step)
     found: list[Candidate] = []

@@ -247,13 +247,11 @@ class Rehearsal:
         """Bytes that embedding and head do not take on the device."""
         config = self.shape.config
         table = config.vocab_size * config.hidden_size * self.dtype.itemsize
-        gone = table if embed == "host" else 0
-        if not config.tie_word_embeddings:
-            gone += table - (0 if head == "host" else tree.nbytes(self._head(head)))
-        return gone
+        places = (embed,) if config.tie_word_embeddings else (embed, head)
+        return sum(table - (0 if place == "host" else tree.nbytes(self._table(place))) for place in places)
 
-    def _head(self, place: str) -> Any:
-        """A head in its place; on the host it takes nothing here."""
+    def _table(self, place: str) -> Any:
+        """An embedding or a head in its place; on the host it takes nothing here."""
         shape = (self.shape.config.vocab_size, self.shape.config.hidden_size)
         if place == "host":
             return torch.empty((), dtype=self.dtype).expand(shape)
@@ -277,7 +275,7 @@ class Rehearsal:
         if (logits, head) not in self._losses:
             config, batch = self.shape.config, self.batch
             x = torch.empty(self.tokens, config.hidden_size, dtype=self.dtype, device="meta", requires_grad=True)
-            w = self._head(head)
+            w = self._table(head)
             with Meter((x, w, batch)) as meter:
                 before = meter.now
                 linear_cross_entropy(x, w, batch.targets_M, batch.target_rows_M, chunk_logits=logits)

@@ -1,5 +1,7 @@
 """embedding: the op rule, ids of every kind, sums that repeat to the bit, and what it refuses."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +10,7 @@ from oprule import ABSENT, DEVICE, DTYPES, check_op, rand, strided
 
 import unsloth_core.backend as backend
 from unsloth_core.autodiff import vjp
+from unsloth_core.ops import nf4
 from unsloth_core.ops.embedding import cost, embedding
 
 
@@ -82,6 +85,35 @@ def test_small_updates_are_not_lost():
     with backend.using("triton"):
         (dw,) = vjp(lambda w: embedding(ids, w), torch.zeros(1, 1, dtype=torch.bfloat16, device=DEVICE))[1](dx)
     assert dw.item() == 1.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 130**0.5])
+def test_a_table_in_nf4_is_its_decoded_self(dtype, double_quant, scale):
+    """To the bit, with both backends; ids outside are NaN, and no ids are fine too."""
+    w = nf4.quantize(rand((301, 128), dtype, seed=1), double_quant=double_quant)  # of absmax more than two blocks
+    for id_dtype, N in ((torch.int64, 37), (torch.int32, 37), (torch.int64, 0)):
+        ids = draw_ids(N, 301, id_dtype, 3)
+        ids[::9], ids[1::9], ids[2::9] = -1, 301, 2**31 - 1
+        for name in backend.NAMES:
+            with backend.using(name):
+                want = embedding(ids, nf4.dequantize(w), scale=scale)
+                found = embedding(ids, w, scale=scale)
+            assert found.dtype == dtype and found.is_contiguous()
+            torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_table_in_nf4_that_is_refused():
+    ids, ragged = draw_ids(5, 10, torch.int64, 0), nf4.quantize(rand((10, 96), seed=0))
+    with backend.using("triton"), pytest.raises(ValueError, match=r"rows of \(10, 96\) share blocks of 64 elements"):
+        embedding(ids, ragged)
+    w = nf4.quantize(rand((10, 64), seed=0), double_quant=False)
+    w = dataclasses.replace(w, absmax=w.absmax.requires_grad_())
+    with backend.using("triton"), pytest.raises(NotImplementedError, match="no gradient for a table in NF4"):
+        embedding(ids, w)
+    with backend.using("triton"), pytest.raises(ValueError, match="codes is torch.uint8"):
+        embedding(ids, dataclasses.replace(w, shape=(12, 64)))
 
 
 def test_scale_is_rounded_first():

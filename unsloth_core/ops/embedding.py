@@ -9,7 +9,8 @@ Residuals: ids and w (arguments; of w only shape and dtype are used).
 Dtypes: w fp16, bf16 or fp32, x and dw in w's dtype; ids int32 or int64. Products and sums are fp32, rounded once.
 Bytes moved with 2-byte elements: forward 4·N·D; backward 2·N·D read, 2·V·D written (the dense gradient is mostly
 zeros) and at most N·D/8 of partial sums.
-A table that is not trained may stay on the host, pinned: the GPU reads the rows it needs over the link.
+A table that is not trained may stay on the host, pinned: the GPU reads the rows it needs over the link. Or it is NF4:
+the codes of those rows are gathered and decoded, N·D/2 bytes of transient memory.
 Limits: any strides (fast with a last stride of 1 and a row stride divisible by 16); fewer than 2^30 tokens.
 
 How the gradient is summed: ids are sorted (stable, so equal ids keep their token order), which makes the tokens
@@ -29,11 +30,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tree
 from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch, next_power_of_2
 from ..prepared import prepared
 from ..tree import ABSENT
+from ..weights import NF4
+from . import nf4
 from .checks import check_device, check_dtype
 from .language import cast
 
@@ -132,16 +136,20 @@ def _tile(D: int) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------ rules
 
 
-def _check(ids_N: Tensor, w_VD: Tensor) -> None:
+def _check(ids_N: Tensor, w_VD: Tensor | NF4) -> None:
     if ids_N.ndim != 1:
         raise ValueError(f"embedding: ids has shape {tuple(ids_N.shape)}, expected (N,)")
     if ids_N.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"embedding: ids has dtype {ids_N.dtype}, expected int32 or int64")
-    if w_VD.ndim != 2:
+    if len(w_VD.shape) != 2:
         raise ValueError(f"embedding: w has shape {tuple(w_VD.shape)}, expected (V, D)")
-    check_dtype("embedding", "w", w_VD)
-    if not (w_VD.is_cpu and (ids_N.is_meta or (ids_N.is_cuda and w_VD.is_pinned()))):
-        check_device("embedding", "ids", ids_N, "w", w_VD.device)
+    if isinstance(w_VD, NF4):
+        nf4.check("embedding", w_VD)
+        check_device("embedding", "ids", ids_N, "w", w_VD.codes.device)
+    else:
+        check_dtype("embedding", "w", w_VD)
+        if not (w_VD.is_cpu and (ids_N.is_meta or (ids_N.is_cuda and w_VD.is_pinned()))):
+            check_device("embedding", "ids", ids_N, "w", w_VD.device)
     if ids_N.shape[0] >= _MAX_TOKENS:
         raise NotImplementedError(f"embedding: {ids_N.shape[0]} ids, expected fewer than {_MAX_TOKENS}")
 
@@ -150,13 +158,19 @@ def _check(ids_N: Tensor, w_VD: Tensor) -> None:
 
 
 @prepared
-def embedding_fwd(ids_N: Tensor, w_VD: Tensor, *, needs: Any, scale: float = 1.0) -> tuple[Tensor, Any]:
+def embedding_fwd(ids_N: Tensor, w_VD: Tensor | NF4, *, needs: Any, scale: float = 1.0) -> tuple[Tensor, Any]:
     """ids (N,) int32 or int64, w (V, D) -> x (N, D) in w's dtype, new and contiguous; NaN rows for other ids.
 
-    ``w`` may be pinned host memory beside ids on a GPU. Raises ValueError for other shapes, dtypes or devices,
-    NotImplementedError for 2^30 tokens or more and for the gradient of a table on the host.
+    ``w`` may be pinned host memory beside ids on a GPU, or NF4 whose rows are whole blocks. Raises ValueError for other
+    shapes, dtypes or devices, NotImplementedError for 2^30 tokens or more and for the gradient of a table on the host
+    or in NF4.
     """
     _check(ids_N, w_VD)
+    if isinstance(w_VD, NF4):
+        if tree.any(needs[1]):
+            raise NotImplementedError("embedding: no gradient for a table in NF4; detach it")
+        x_ND = nf4.dequantize(nf4.gather(w_VD, ids_N))
+        return x_ND if scale == 1.0 else x_ND.mul_(x_ND.new_full((), scale)), (ABSENT, ABSENT)
     (N,), (V, D) = ids_N.shape, w_VD.shape
     if needs[1] and w_VD.device != ids_N.device:
         raise NotImplementedError("embedding: no gradient for a table on the host; detach it")
@@ -172,7 +186,7 @@ def embedding_fwd(ids_N: Tensor, w_VD: Tensor, *, needs: Any, scale: float = 1.0
 
 def embedding_bwd(residuals: Any, dx: Tensor, *, needs: Any, scale: float = 1.0) -> tuple[Any, Any]:
     """dx (N, D) of any strides -> (ABSENT, dw (V, D))."""
-    if not needs[1]:
+    if not tree.any(needs[1]):
         return ABSENT, ABSENT
     ids_N, w_VD = residuals
     (N,), (V, D) = ids_N.shape, w_VD.shape

@@ -189,6 +189,27 @@ def rows(w: NF4, start: int, stop: int) -> NF4:
     )  # fmt: skip
 
 
+def gather(w: NF4, rows_N: Tensor) -> NF4:
+    """Rows ``rows_N`` of ``w``, as a matrix of their own whose absmax is decoded; NaN for a row outside ``w``.
+
+    Raises ValueError where a row of ``w`` shares a block with another one.
+    """
+    (m, c), block = w.shape, w.block
+    if c % block:
+        raise ValueError(f"nf4.gather: rows of {w.shape} share blocks of {block} elements, expected whole blocks")
+    inside = (rows_N >= 0) & (rows_N < m)
+    rows = torch.where(inside, rows_N, 0).long()
+    codes = w.codes.view(m, c // 2).index_select(0, rows).view(-1)
+    at = (rows[:, None] * (c // block) + torch.arange(c // block, device=rows.device)).view(-1)
+    absmax = w.absmax.index_select(0, at)
+    if w.nested is not ABSENT:
+        absmax = w.nested.code_256.index_select(0, absmax.int())
+        absmax = absmax * w.nested.absmax_P.index_select(0, at // NESTED_BLOCK)
+        absmax = absmax + w.nested.offset  # a second rounding, as bitsandbytes has it
+    absmax = torch.where(inside.repeat_interleave(c // block), absmax, torch.nan)
+    return dataclasses.replace(w, codes=codes, absmax=absmax, nested=ABSENT, shape=(rows_N.shape[0], c))
+
+
 def quantize(t_MC: Tensor, *, double_quant: bool = True, block: int = 64) -> NF4:
     """The nearest NF4 matrix: the table entry nearest to ``x * (1 / absmax)``, absmax that of its ``block`` elements.
 

@@ -3,9 +3,14 @@
 import torch
 from torch import Tensor
 
+from ..weights import NF4
+from .nf4 import dequantize
 
-def embedding(ids_N: Tensor, w_VD: Tensor, *, scale: float = 1.0) -> Tensor:
+
+def embedding(ids_N: Tensor, w_VD: Tensor | NF4, *, scale: float = 1.0) -> Tensor:
     """``w[ids] * scale``, (N, D) in w's dtype, the product rounded once; NaN where the id is outside [0, V)."""
+    if isinstance(w_VD, NF4):
+        w_VD = dequantize(w_VD)
     inside = (ids_N >= 0) & (ids_N < w_VD.shape[0])
     rows_ND = w_VD.index_select(0, torch.where(inside, ids_N, 0))
     return torch.where(inside.unsqueeze(1), rows_ND * w_VD.new_full((), scale), torch.nan)
