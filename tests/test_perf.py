@@ -12,6 +12,7 @@ import torch
 from oprule import DEVICE
 
 from perf import ops, peers, run
+from perf.random_model import raw_config
 from unsloth_core import ops as uc
 
 KEYS = {
@@ -218,3 +219,23 @@ def test_an_unknown_op_is_refused(capsys):
     with pytest.raises(SystemExit):
         run.main(["--smoke", "convolution"])
     assert "no op 'convolution', expected some of embedding, rms_norm" in capsys.readouterr().err
+
+
+def test_a_repeated_layer_makes_the_model_that_has_so_many():
+    """What Unsloth reads is one layer; here without it."""
+    transformers = pytest.importorskip("transformers")
+    steps = pytest.importorskip("perf.peers.steps")
+
+    def model(layers, tensors=None):
+        config = transformers.AutoConfig.for_model(**{**raw_config("tiny"), "num_hidden_layers": layers})
+        return steps.random_llama(config, DEVICE, tensors=tensors, dtype=torch.float32)
+
+    one = model(1)
+    tensors = {
+        name.replace("layers.0.", f"layers.{i}."): t.detach() for name, t in one.named_parameters() for i in range(3)
+    }
+    steps.repeat_layer(one, 3)
+    ids = torch.arange(12, device=DEVICE).view(2, 6)
+    assert torch.equal(one(ids).logits, model(3, tensors)(ids).logits)
+    assert len({p.data_ptr() for p in one.parameters()}) == len(tensors)
+    assert all(layer.self_attn.config is one.config for layer in one.model.layers)
