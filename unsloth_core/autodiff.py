@@ -89,7 +89,7 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
             leaves, spec = fit(args, types)
         else:
             leaves = args if spec.num_leaves == len(args) else [arg for arg in args if arg is not ABSENT]
-        if _under_autocast(leaves):
+        if _any_autocast() and _under_autocast(leaves):
             with torch.autocast(leaves[0].device.type, enabled=False):
                 return run(args, name, keywords)
         tape = current_tape.get()
@@ -105,7 +105,7 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
         call = Call(name, pair, spec, keywords, tape)
         if torch.is_grad_enabled() and _wants_gradient(leaves):
             return apply(call, leaves)
-        return call.forward(leaves, tape.needs(name, leaves) if tape else (False,) * len(leaves))[0]
+        return call.forward(leaves, tuple(tape.needs(name, leaves)) if tape else (False,) * len(leaves))[0]
 
     def fit(args: tuple[Any, ...], types: tuple[type, ...]) -> tuple[Sequence[Tensor], tree.Spec]:
         """Leaves and structure of arguments that are what the op takes. Raises TypeError for others."""
@@ -142,6 +142,9 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
         op.__doc__ = f"{inspect.cleandoc(fwd.__doc__ or '')}\n\n{inspect.cleandoc(head)}"
     op.fwd, op.bwd = op_fwd, op_bwd  # type: ignore[attr-defined]
     return op
+
+
+_any_autocast = torch._C._is_any_autocast_enabled
 
 
 def _under_autocast(leaves: Sequence[Tensor]) -> bool:
@@ -191,15 +194,24 @@ class Call:
         """Name of the op."""
         return self.pair[0].__name__.removesuffix("_fwd")
 
-    def forward(self, leaves: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Any, Tree]:
-        """Outputs and residuals, on or off the tape of a layer."""
-        if self.tape is None:
-            return self.run(leaves, needs)
-        return self.tape(self.name, leaves, lambda: self.run(leaves, needs))
+    def forward(self, leaves: Sequence[Tensor], needs: tuple[bool, ...]) -> tuple[Any, Sequence[Tensor], tree.Spec]:
+        """Outputs, and residuals as leaves and structure; on or off the tape of a layer."""
+        leafwise = getattr(self.pair[0], "leafwise", None)
+        if leafwise is None or self.tape is not None or _listener.get() is not None:
+            return self._forward(self.pair[0], leaves, needs)
+        identity = (self.spec, needs, *self.statics.items())
+        return leafwise(leaves, identity, self._forward, self.pair[0].__wrapped__, leaves, needs)
 
-    def run(self, leaves: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Any, Tree]:
-        """The op's forward."""
-        fwd, spec, statics = self.pair[0], self.spec, self.statics
+    def _forward(self, fwd: Any, leaves: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Any, Any, tree.Spec]:
+        if self.tape is None:
+            out, residuals = self._run(fwd, leaves, needs)
+        else:
+            out, residuals = self.tape(self.name, leaves, lambda: self._run(fwd, leaves, needs))
+        kept, spec = tree.flatten(residuals)
+        return out, tuple(kept), spec
+
+    def _run(self, fwd: Any, leaves: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Any, Tree]:
+        spec, statics = self.spec, self.statics
         args, tree_of_needs = tree.unflatten(leaves, spec), tree.unflatten(needs, spec)
         if (listener := _listener.get()) is not None:
             listener("forward", self.op, self.name, args, statics, tree_of_needs)
@@ -208,10 +220,30 @@ class Call:
         return fwd(*args, needs=tree_of_needs, **statics)
 
     def backward(
-        self, residuals: Tree, cotangent: Any, present: Sequence[Tensor], needs: Sequence[bool]
-    ) -> list[Tensor | None]:
-        """Gradients of the leaves; ``present`` are the tensors of the cotangent."""
-        bwd, statics, tree_of_needs = self.pair[1], self.statics, tree.unflatten(needs, self.spec)
+        self,
+        residuals: tuple[Sequence[Tensor], tree.Spec],
+        several: bool,
+        cotangents: tuple[Tensor | None, ...],
+        present: Sequence[Tensor],
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """None for the call, then gradients of the leaves; ``present`` are the cotangents that are there. Whether there
+        are ``several`` outputs, a tuple, their number does not say."""
+        leafwise = getattr(self.pair[1], "leafwise", None)
+        if leafwise is None or _listener.get() is not None:
+            return self._backward(self.pair[1], residuals, several, cotangents, present, needs)
+        kept, spec = residuals
+        gaps = [ct is None for ct in cotangents] if several else ()
+        identity = (self.spec, spec, needs, several, *gaps, *self.statics.items())
+        about = (self._backward, self.pair[1].__wrapped__, residuals, several, cotangents, present, needs)
+        return leafwise((*kept, *present), identity, *about)
+
+    def _backward(
+        self, bwd: Any, residuals: Any, several: bool, cotangents: Any, present: Any, needs: Any
+    ) -> tuple[Tensor | None, ...]:
+        statics, tree_of_needs = self.statics, tree.unflatten(needs, self.spec)
+        residuals = tree.unflatten(*residuals)
+        cotangent = tuple([ABSENT if ct is None else ct for ct in cotangents]) if several else present[0]
         if (listener := _listener.get()) is not None:
             listener("backward", self.op, self.name, (residuals, cotangent), statics, tree_of_needs)
         if _any_fake(present):
@@ -223,7 +255,7 @@ class Call:
             flat = [g for g, need in zip(gradients, tree_of_needs, strict=True) if need is not ABSENT]
         else:
             flat = [g for one, need in zip(gradients, tree_of_needs, strict=True) for g in tree.broadcast(one, need)]
-        return [g if need and g is not ABSENT else None for g, need in zip(flat, needs, strict=True)]
+        return (None, *[g if need and g is not ABSENT else None for g, need in zip(flat, needs, strict=True)])
 
 
 def _any_fake(leaves: Sequence[Tensor]) -> bool:
@@ -240,12 +272,11 @@ class Op(torch.autograd.Function):
     def forward(ctx: Any, call: Call, *leaves: Tensor) -> Any:
         """Outputs; residuals are saved."""
         ctx.set_materialize_grads(False)
-        out, residuals = call.forward(leaves, ctx.needs_input_grad[1:])
-        kept, ctx.residual_spec = tree.flatten(residuals)
+        out, kept, spec = call.forward(leaves, ctx.needs_input_grad[1:])
         ctx.save_for_backward(*kept)
-        ctx.call, ctx.several = call, isinstance(out, tuple)
+        ctx.about = call, spec, out.__class__ is tuple
         if (fates := current_report.get()) is not None:
-            outputs = [o for o in (out if ctx.several else (out,)) if not any(o is leaf for leaf in leaves)]
+            outputs = [o for o in (out if isinstance(out, tuple) else (out,)) if not any(o is leaf for leaf in leaves)]
             fresh = [t for t in kept if not any(t is leaf for leaf in leaves)]
             extra = sum(t.nbytes for t in fresh if not any(t is o for o in outputs))
             fates.append(Fate(call.name, SAVE, sum(t.nbytes for t in outputs) + extra))
@@ -259,15 +290,15 @@ class Op(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        needs, present = ctx.needs_input_grad[1:], [ct for ct in cotangents if ct is not None]
+        call, spec, several = ctx.about
+        present = [ct for ct in cotangents if ct is not None]
         if not present:
-            return (None, *[None] * len(needs))
-        if _under_autocast(present):  # backward was called inside it
+            return (None,) * len(ctx.needs_input_grad)
+        if _any_autocast() and _under_autocast(present):  # backward was called inside it
             with torch.autocast(present[0].device.type, enabled=False):
                 return Op._backward(ctx, *cotangents)
-        cotangent = tuple([ABSENT if ct is None else ct for ct in cotangents]) if ctx.several else present[0]
-        residuals = tree.unflatten(ctx.saved_tensors, ctx.residual_spec)
-        return (None, *ctx.call.backward(residuals, cotangent, present, needs))
+        residuals = ctx.saved_tensors, spec
+        return call.backward(residuals, several, cotangents, present, ctx.needs_input_grad[1:])
 
 
 _once = once_differentiable(Op._backward)

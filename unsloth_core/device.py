@@ -2,9 +2,9 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -86,7 +86,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if 0 in grid or first.is_meta or is_fake(first):
         return
     if (noted := _noted.get()) is not None:
-        noted.append((kernel, grid, args, options))
+        noted.append(Launch(kernel, grid, args, options))
     if _INTERPRETING:
         with contextlib.nullcontext() if noted is None else _disable_current_modes():  # it works with tensors itself
             kernel[grid](*args, **options)
@@ -131,6 +131,7 @@ def _profiled() -> bool:
     return bool(_KNOBS.launch_enter_hook.calls or _KNOBS.launch_exit_hook.calls)
 
 
+_TRITON = triton.__version__.rpartition(".")[0]
 _KNOBS = triton.knobs.runtime
 _Found = tuple[Any, tuple[Any, ...]]  # a compiled kernel, and its constexprs in order
 _CALLS: dict[Any, _Found] = {}  # by a call's very integers, and dtype and alignment of its tensors: quick to ask
@@ -140,15 +141,29 @@ _RUNTIME: dict[int, int] = {}
 _noted: ContextVar[list[Any] | None] = ContextVar("unsloth_core_launches", default=None)
 
 
+class Launch(NamedTuple):
+    """One call of :func:`launch`."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
 @contextlib.contextmanager
 def noting() -> Iterator[list[Any]]:
-    """A list that receives ``(kernel, grid, args, options)`` of every launch inside."""
+    """A list that receives a :class:`Launch` of every launch inside."""
     noted: list[Any] = []
     token = _noted.set(noted)
     try:
         yield noted
     finally:
         _noted.reset(token)
+
+
+def noted() -> list[Any] | None:
+    """The list of whoever is :func:`noting`."""
+    return _noted.get()
 
 
 def launches(where: Tensor) -> bool:
@@ -166,54 +181,92 @@ def straight(index: int) -> bool:
     """Whether :func:`again` may be used now: the device is the current one, and nobody wants to hear of launches."""
     if _noted.get() is not None:
         return False
-    return _INTERPRETING or (index == torch.cuda.current_device() and not _profiled())
+    return _INTERPRETING or (index == _current() and not _profiled())
 
 
-def again(
-    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any], places: Mapping[int, int]
-) -> Callable[[Any], None]:
-    """A launch that was made, to be made again: ``pool -> None``, with ``pool[places[id(a)]]`` for every tensor ``a``.
+# PyTorch's own, without asking whether CUDA has begun: an argument is there already.
+_current: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
-    Raises KeyError where that cannot be: for a tensor without a place, or a descriptor."""
-    if any(hasattr(a, "block_shape") for a in args):
-        raise KeyError(kernel)
+
+LASTING: dict[int, Tensor] = {}
+
+
+def lasting(t: Tensor) -> Tensor:
+    """``t``, a table that stays where it is as long as the process lives: prepared calls may know its address."""
+    LASTING[id(t)] = t
+    return t
+
+
+class Address(NamedTuple):
+    """Stands for the address of a tensor among the arguments of a function."""
+
+    of: Tensor
+
+
+class Descriptor(NamedTuple):
+    """Stands for a descriptor for the copy engine, of a tensor among the arguments of a function: ``again(of)``."""
+
+    of: Tensor
+    again: Callable[[Tensor], Any]
+
+
+STREAM = object()  # stands for the current stream
+
+
+def stream(index: int) -> int:
+    """The current stream of a device."""
+    return torch._C._cuda_getCurrentRawStream(index)
+
+
+def again(step: Launch) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """A launch that was made, to be made again: a function and its arguments, some of which are :class:`Address` (in
+    the interpreter tensors), :class:`Descriptor` and :data:`STREAM`; they also stand in tuples.
+
+    Triton's launcher allocates what a kernel asks for and calls the function that launches. Where a kernel asks for
+    nothing that is called here at once, in the Tritons whose form of it is known."""
+    kernel, grid, args, options = step
     if _INTERPRETING:
-        values_of = _values(args, places, lambda t: t)
-        return lambda pool: kernel[grid](*values_of(pool), **options)
+        return functools.partial(_interpret, kernel, grid, options), args
     index = next(a for a in args if isinstance(a, Tensor)).get_device()
     compiled, constexprs = _COMPILED[_key(index, kernel, args, options)]
-    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
-    x, y, z = (*grid, 1, 1)[:3]
-    stream_of = torch._C._cuda_getCurrentRawStream
-    values_of = _values((*args, *constexprs), places, Tensor.data_ptr)
-
-    own_memory = compiled.metadata.global_scratch_size > 0
-
-    def launch_again(pool: Any) -> None:
-        if own_memory:
-            triton.set_allocator(_allocate)
-        run(x, y, z, stream_of(index), function, packed, None, None, None, *values_of(pool))
-
-    return launch_again
+    values = (*_addresses(args), *constexprs)
+    run, packed, metadata = compiled.run, compiled.packed_metadata, compiled.metadata
+    first = (*(*grid, 1, 1)[:3], STREAM, compiled.function)
+    none = (None, None, None)  # what hooks get, and the hooks
+    if metadata.global_scratch_size > 0 or getattr(metadata, "profile_scratch_size", 0) > 0:
+        return functools.partial(_with_memory, run), (*first, packed, *none, *values)
+    if _TRITON == "3.6" and hasattr(run, "launch"):
+        flags = (run.launch_cooperative_grid, run.launch_pdl, None, None)
+        return run.launch, (*first, *flags, packed, *none, *values)
+    return run, (*first, packed, *none, *values)
 
 
-def _values(args: tuple[Any, ...], places: Mapping[int, int], of: Callable[[Tensor], Any]) -> Callable[[Any], Any]:
-    """``pool -> args`` with ``of`` every tensor of the pool in its place; tensors also stand in tuples."""
-    end = 1 + max((i for i, a in enumerate(args) if isinstance(a, Tensor | tuple)), default=-1)
-    front, rest = args[:end], args[end:]
-    if all(a is None or isinstance(a, Tensor) for a in front):
-        slots = [places[id(a)] for a in front]
-        return lambda pool: (*[None if (t := pool[i]) is None else of(t) for i in slots], *rest)
-    each: list[Callable[[Any], Any]] = []
-    for a in front:
-        if isinstance(a, tuple):
-            each.append(_values(a, places, of))
-        elif isinstance(a, Tensor):
-            place = places[id(a)]
-            each.append(lambda pool, i=place: of(pool[i]))
-        else:
-            each.append(lambda _, a=a: a)
-    return lambda pool: (*[value(pool) for value in each], *rest)
+def _interpret(kernel: Any, grid: tuple[int, ...], options: dict[str, Any], *args: Any) -> None:
+    kernel[grid](*args, **options)
+
+
+def _with_memory(run: Any, *args: Any) -> None:
+    triton.set_allocator(_allocate)
+    run(*args)
+
+
+def _addresses(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple([_stand_in(a) for a in args])
+
+
+def _stand_in(a: Any) -> Any:
+    if isinstance(a, Tensor):
+        return Address(a)
+    if hasattr(a, "block_shape"):
+        return Descriptor(a.base, functools.partial(_with_base, a.__class__, {**vars(a), "base": None}))
+    return _addresses(a) if a.__class__ is tuple else a
+
+
+def _with_base(kind: type, fields: dict[str, Any], base: Tensor) -> Any:
+    """A descriptor like one that was checked, of another tensor."""
+    descriptor = object.__new__(kind)
+    vars(descriptor).update(fields, base=base)
+    return descriptor
 
 
 def _find(call: Any, index: int, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> _Found | None:

@@ -1,19 +1,25 @@
 """Prepared calls: a function of an op's pair works out once per kind of arguments what it allocates and launches.
 
-The contract of an op leaves nothing to chance: which tensors it allocates and which kernels it launches, on which
-grids, with which integers, follows from its statics and from shapes, strides, dtypes, device and alignment of its
-arguments. So checks, launch tables and the search for a compiled kernel give the same again, at every step of training.
-Of a function under :func:`prepared` the second call with such a *kind* of arguments is watched; from the third on its
-allocations and launches are made without running it: a dictionary, ``torch.empty_strided`` and Triton's launcher.
+The contract of an op leaves nothing to chance: which tensors it allocates, which kernels it launches and which of
+PyTorch's operators it calls, on which grids, with which integers, follows from its statics and from shapes, strides,
+dtypes, device and alignment of its arguments. So checks, launch tables and the search for a compiled kernel give the
+same again, at every step of training. Of a function under :func:`prepared` the second call with such a *kind* of
+arguments is watched, and what it did is written down as a Python function of its tensors, such as
 
-It is what a CUDA graph is for a stream, made for the host alone: addresses are those of the call, memory is allocated
-anew, and streams, captures, autograd and the allocator see what they would see otherwise. What cannot be prepared runs
-as ever: a function that asks PyTorch for more than new memory and views, a kernel that takes a view beginning elsewhere
-than an argument, arguments that are fake or of a subclass or that share memory. What this saves is in perf/LOG.md."""
+    def again(a0, a1):
+        n0 = empty_strided((8, 64), (64, 1), dtype=bfloat16, device=cuda0)
+        run1(1, 1, 1, stream(0), kernel1, ..., a0.data_ptr(), a1.data_ptr(), n0.data_ptr(), 8, 64)
+        return n0
+
+From the third call on that runs instead. It is what a CUDA graph is for a stream, made for the host alone: addresses
+are those of the call, memory is allocated anew, and streams, captures, autograd and the allocator see what they would
+see otherwise. Which arguments begin at one address is part of their kind (attention gets its segments twice). What
+cannot be prepared runs as ever: operators of PyTorch whose result is a number or has no fixed shape; kernels that take
+what is neither an argument nor new nor :func:`device.lasting`; arguments that are fake or of a subclass. What this
+saves is in perf/LOG.md."""
 
 import functools
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -22,77 +28,78 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import device, tree
-from .tree import ABSENT, Tree
+from .tree import Tree
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _KINDS_KEPT = 4096  # per function; a run of a model has a few
-_CONSTANTS = (ABSENT, None)
 _SEEN, _NEVER = object(), object()
 _known: list[dict[Any, Any]] = []  # of each function, by kind: a _Prepared, _SEEN or _NEVER
 
 
 class _Prepared:
-    """What one kind of call does: ``make`` new tensors, ``launch``, take ``views``, ``pick`` the result out of all."""
+    """What one kind of call does: ``again(*tensors)``, on the device with this index."""
 
-    __slots__ = ("index", "launches", "makes", "pick", "views")
+    __slots__ = ("again", "index")
 
-    def __init__(
-        self, index: int, makes: list[Any], views: list[Any], launches: list[Any], pick: Callable[[Any], Any]
-    ) -> None:
-        self.index, self.makes, self.views, self.launches, self.pick = index, makes, views, launches, pick
-
-    def __call__(self, given: Sequence[Any]) -> Any:
-        pool = (*given, *[make() for make in self.makes], *_CONSTANTS)
-        for launch in self.launches:
-            launch(pool)
-        if self.views:
-            pool += tuple([pool[i].as_strided(*form) for i, *form in self.views])
-        return self.pick(pool)
+    def __init__(self, index: int, again: Callable[..., Any]) -> None:
+        self.index, self.again = index, again
 
 
 def prepared(f: _F) -> _F:
     """``f(*args, needs, **statics)``, forward or backward of an op, with all that is said at the head of this file.
 
-    ``f`` may depend on nothing but what is said there; statics must be hashable."""
-    kinds: dict[Any, Any] = {}
-    _known.append(kinds)
+    ``f`` may depend on nothing but what is said there; statics must be hashable. The result has ``leafwise``, for
+    callers who have the leaves in their hands and want others: see :func:`_leafwise`."""
+    leafwise = _leafwise()
+
+    def plain(args: Any, needs: Any, statics: dict[str, Any]) -> Any:
+        return f(*args, needs=needs, **statics)
 
     @functools.wraps(f)
     def call(*args: Any, needs: Any, **statics: Any) -> Any:
-        given: list[Any] = []  # tensors, and nodes such as weights
-        kind: list[Any] = [*statics.items()]
-        left = [needs, *args[::-1]]
-        while left:
-            t = left.pop()
-            what = t.__class__
-            if what is Tensor or what is Parameter:
-                given.append(t)
-                kind += (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15)
-            elif what is bool or t is ABSENT or t is None:
-                kind.append(t)
-            elif what is tuple:
-                kind.append(len(t))
-                left += t[::-1]
-            elif (node := tree.opened(t)) is not None:
-                given.append(t)
-                kind += (what, node[1])
-                left += node[0][::-1]
-            else:
-                return f(*args, needs=needs, **statics)
+        leaves, spec = tree.flatten(args)
+        wanted, form = tree.flatten(needs)
+        return leafwise(leaves, (spec, *wanted, form, *statics.items()), plain, args, needs, statics)
+
+    call.leafwise = _leafwise()  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]
+
+
+def _leafwise() -> Callable[..., Any]:
+    """``(leaves, identity, plain, *about) -> plain(*about)``, which is the same for all leaves of one kind.
+
+    ``identity``: a tuple of what else tells calls apart. ``plain`` may return any tree of tensors that it was given or
+    made, and of constants."""
+    kinds: dict[Any, Any] = {}
+    _known.append(kinds)
+
+    def leafwise(leaves: Sequence[Any], identity: tuple[Any, ...], plain: Callable[..., Any], *about: Any) -> Any:
+        kind = [*identity]
+        addresses = []
+        for t in leaves:
+            if t.__class__ is not Tensor and t.__class__ is not Parameter:
+                return plain(*about)
+            address = t.data_ptr()
+            addresses.append(address)
+            kind += (t.shape, t.stride(), t.dtype, t.device, address & 15)
+        if len({*addresses}) < len(addresses):
+            kind += [addresses.index(address) for address in addresses]
         key = tuple(kind)
         found: Any = kinds.get(key)
         if found.__class__ is _Prepared and device.straight(found.index):
-            return found(given)
+            return found.again(*leaves)
+        if device.noted() is not None:  # somebody else is watching
+            return plain(*about)
         if found is _SEEN:
-            result, kinds[key] = _watched(f, args, given, needs, statics)
+            result, kinds[key] = _watched(leaves, plain, about)
             return result
-        if found is None and all(device.launches(t) for t in given if isinstance(t, Tensor)):
+        if found is None and 0 not in addresses and any(device.launches(t) for t in leaves):
             if len(kinds) >= _KINDS_KEPT:
                 kinds.clear()
             kinds[key] = _SEEN
-        return f(*args, needs=needs, **statics)
+        return plain(*about)
 
-    return call  # type: ignore[return-value]
+    return leafwise
 
 
 def forget() -> None:
@@ -101,82 +108,206 @@ def forget() -> None:
         kinds.clear()
 
 
+# ------------------------------------------------------------------------------------------------ watching and writing
+
+
 _aten = torch.ops.aten
 _NEW = {  # what makes new tensors, and what makes them again
     **dict.fromkeys((_aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default), torch.empty),
     **dict.fromkeys((_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default), torch.zeros),
     **dict.fromkeys((_aten.ones.default, _aten.ones_like.default, _aten.new_ones.default), torch.ones),
 }
+_BY_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class _Watch(TorchDispatchMode):
-    """Notes the tensors that are made inside, and whether PyTorch is asked for anything else than memory and views."""
+    """Notes every operator of PyTorch but views as ``(operator, args, keywords, result)``, None where one's result
+    depends on numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, noted: list[Any]) -> None:
         super().__init__()
-        self.made: list[Tensor] = []
-        self.by: list[Callable[..., Tensor]] = []
-        self.more = False
+        self.noted = noted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in _NEW and out.is_contiguous():
-            self.made.append(out)
-            self.by.append(_NEW[func])
-        elif not func.is_view:
-            self.more = True
+        if not func.is_view:
+            fixed = not _BY_NUMBERS.intersection(func.tags) and all(isinstance(t, Tensor) for t in _tensors(out))
+            self.noted.append((func, args, kwargs or {}, out) if fixed else None)
         return out
 
 
-def _watched(f: Any, args: Any, given: list[Any], needs: Any, statics: Any) -> tuple[Any, Any]:
+def _tensors(out: Any) -> Sequence[Any]:
+    return out if isinstance(out, tuple | list) else (out,)
+
+
+def _watched(leaves: Sequence[Tensor], plain: Callable[..., Any], about: Any) -> tuple[Any, Any]:
     """The result of a call, and how to do the same without it, or _NEVER."""
-    with _Watch() as watch, device.noting() as launches:
-        result = f(*args, needs=needs, **statics)
-    pool = [*given, *watch.made, *_CONSTANTS]
-    places = {id(value): i for i, value in enumerate(pool)}
-    starts = {t.data_ptr(): i for i, t in enumerate(pool) if isinstance(t, Tensor)}
-    if watch.more or None in launches or 0 in starts or len(starts) < sum(isinstance(t, Tensor) for t in pool):
-        return result, _NEVER
-    # Kernels do not see shapes: a view that begins where a tensor does is that tensor.
-    for t in [t for _, _, values, _ in launches for t in tree.leaves(values) if isinstance(t, Tensor)]:
-        if id(t) not in places and t.data_ptr() in starts:
-            places[id(t)] = starts[t.data_ptr()]
-    # PyTorch may hand out another object for the same new memory, and what is returned may be a view of it.
-    new = {t.untyped_storage()._cdata: i for i, t in enumerate(watch.made, len(given))}
-    views = []
-    for t in [t for t in tree.leaves(result) if isinstance(t, Tensor) and id(t) not in places]:
-        i = new.get(t.untyped_storage()._cdata, -1)
-        if i >= 0 and t.dtype == pool[i].dtype:
-            places[id(t)] = i
-            if (t.shape, t.stride(), t.storage_offset()) != (pool[i].shape, pool[i].stride(), 0):
-                places[id(t)] = len(pool) + len(views)
-                views.append((i, tuple(t.shape), t.stride(), t.storage_offset()))
+    with device.noting() as noted, _Watch(noted):
+        result = plain(*about)
+    writer = _Writer(leaves)
     try:
-        again = [device.again(kernel, grid, values, options, places) for kernel, grid, values, options in launches]
-        pick = _picker(result, places)
-    except KeyError:  # a tensor that is none of these, or a kernel that cannot be launched so
+        for step in noted:
+            writer.add(step)
+        return result, _Prepared(writer.index, writer.finish(result))
+    except KeyError:
         return result, _NEVER
-    makes = [
-        functools.partial(torch.empty_strided, tuple(t.shape), t.stride(), dtype=t.dtype, device=t.device)
-        if by is torch.empty  # which takes longer
-        else functools.partial(by, tuple(t.shape), dtype=t.dtype, device=t.device)
-        for by, t in zip(watch.by, watch.made, strict=True)
-    ]
-    index = next(t for t in pool if isinstance(t, Tensor)).get_device()
-    return result, _Prepared(index, makes, views, again, pick)
 
 
-def _picker(value: Tree, places: dict[int, int]) -> Callable[[Any], Any]:
-    """``pool -> value``. Raises KeyError for a value that holds anything else."""
-    if id(value) in places:
-        return itemgetter(places[id(value)])
-    if type(value) is not tuple:
+class _Writer:
+    """Writes a function of tensors line by line; raises KeyError for a tensor that it does not know where to find."""
+
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        self.index = max(t.get_device() for t in leaves)
+        self.held: list[Any] = []  # so that no identity is given out twice
+        self.names: dict[int, str] = {}  # what tensors are called, by identity
+        self.roots: dict[int, list[Tensor]] = {}  # arguments and new tensors, by their memory
+        self.new: set[int] = set()  # memory that came into being here
+        self.lines: list[str] = []
+        self.values: dict[str, Any] = {"empty_strided": torch.empty_strided}
+        for i, t in enumerate(leaves):
+            self._call(t, f"a{i}")
+        self.head = f"def again({', '.join(f'a{i}' for i in range(len(leaves)))}):"
+
+    def add(self, step: Any) -> None:
+        """One step of what was noted."""
+        if step is None:
+            raise KeyError(step)
+        if isinstance(step, device.Launch):
+            self._add_launch(step)
+        else:
+            self._add_operator(*step)
+
+    def finish(self, result: Any) -> Callable[..., Any]:
+        """The function, which returns what ``result`` is."""
+        returned = self._result(result)  # which may add lines
+        exec("\n    ".join([self.head, *self.lines, f"return {returned}"]), self.values)  # nothing but what is here
+        return self.values["again"]
+
+    def _call(self, t: Tensor, name: str) -> None:
+        self.held.append(t)
+        if id(t) not in self.names:
+            self.names[id(t)] = name
+            self.roots.setdefault(t.untyped_storage()._cdata, []).append(t)
+
+    def _add_launch(self, step: device.Launch) -> None:
+        function, words = device.again(step)
+        self.lines.append(f"{self._value(function, 'run')}({', '.join(self._word(word) for word in words)})")
+
+    def _word(self, word: Any) -> str:
+        """An argument of a launch. Kernels do not see shapes: a tensor is its address, if ``device.again`` says so."""
+        if isinstance(word, device.Address):
+            at, distance = self._root(word.of)
+            return f"{at}.data_ptr()" + (f" + {distance}" if distance else "")
+        if isinstance(word, device.Descriptor):
+            return f"{self._value(word.again, 'descriptor')}({self._tensor(word.of)})"
+        if isinstance(word, Tensor):
+            if id(word) in self.names:
+                return self.names[id(word)]
+            at, distance = self._root(word)
+            form = distance, word.dtype, word.shape, word.stride()
+            return f"{self._value(functools.partial(_seen_as, *form), 'view')}({at})"
+        if word is device.STREAM:
+            return f"{self._value(device.stream, 'stream')}({self.index})"
+        if word.__class__ is tuple:
+            return f"({''.join(self._word(part) + ', ' for part in word)})"
+        return self._value(word, "c")
+
+    def _root(self, t: Tensor) -> tuple[str, int]:
+        """The name of an argument or new tensor in whose memory ``t`` lies, and how many bytes behind its begin."""
+        if id(t) in device.LASTING:
+            return self._value(t, "lasting"), 0
+        known = self.roots.get(t.untyped_storage()._cdata, [])
+        for root in known:
+            if root.data_ptr() == t.data_ptr():
+                return self.names[id(root)], 0
+        if len(known) != 1:  # in the memory of which of them?
+            raise KeyError(t)
+        return self.names[id(known[0])], t.data_ptr() - known[0].data_ptr()
+
+    def _tensor(self, t: Tensor) -> str:
+        """A tensor as PyTorch sees it."""
+        if id(t) in self.names:
+            return self.names[id(t)]
+        if id(t) in device.LASTING:
+            return self._value(t, "lasting")
+        at, distance = self._root(t)
+        root = next(r for r in self.roots[t.untyped_storage()._cdata] if self.names[id(r)] == at)
+        if t.dtype != root.dtype:
+            raise KeyError(t)
+        self.held.append(t)
+        self.names[id(t)] = name = f"v{len(self.names)}"
+        if (t.shape, t.stride(), distance) == (root.shape, root.stride(), 0):  # another object for the same
+            self.names[id(t)] = at
+            return at
+        offset = f", {at}.storage_offset() + {distance // t.itemsize}" if distance else ""
+        self.lines.append(f"{name} = {at}.as_strided({(*t.shape,)}, {t.stride()}{offset})")
+        return name
+
+    def _add_operator(self, func: Any, args: Any, keywords: Any, out: Any) -> None:
+        if func in _NEW and out.is_contiguous():
+            self._add_new(_NEW[func], out)
+            return
+        given = [self._argument(a) for a in args]
+        given += [f"{name}={self._argument(a)}" for name, a in keywords.items()]
+        called = f"{self._value(func, 'aten')}({', '.join(given)})"
+        outs = _tensors(out)
+        fresh = [id(t) not in self.names for t in outs]
+        names = [f"n{len(self.names) + i}" if new else "_" for i, new in enumerate(fresh)]
+        target = ", ".join(names) + ("," if isinstance(out, tuple | list) else "")
+        self.lines.append(f"{target} = {called}" if any(fresh) else called)
+        for t, name, new in zip(outs, names, fresh, strict=True):
+            if new:
+                self.new.add(t.untyped_storage()._cdata)
+                self._call(t, name)
+
+    def _add_new(self, make: Any, t: Tensor) -> None:
+        name, form = f"n{len(self.names)}", f"dtype={self._value(t.dtype, 'c')}, device={self._value(t.device, 'c')}"
+        if make is torch.empty:  # which takes longer
+            self.lines.append(f"{name} = empty_strided({(*t.shape,)}, {t.stride()}, {form})")
+        else:
+            self.lines.append(f"{name} = {self._value(make, 'make')}({(*t.shape,)}, {form})")
+        self.new.add(t.untyped_storage()._cdata)
+        self._call(t, name)
+
+    def _argument(self, a: Any) -> str:
+        """Of an operator."""
+        if isinstance(a, Tensor):
+            return self._tensor(a)
+        if isinstance(a, list | tuple):
+            return f"[{', '.join(self._argument(part) for part in a)}]"
+        return self._value(a, "c")
+
+    def _result(self, value: Tree) -> str:
+        if isinstance(value, Tensor):
+            if id(value) not in self.names and value.untyped_storage()._cdata not in self.new:
+                raise KeyError(value)  # a view of an argument, which an op does not return
+            return self._tensor(value)
+        if value.__class__ is tuple:
+            return f"({''.join(self._result(part) + ', ' for part in value)})"
+        if value.__class__ is list:
+            return f"[{', '.join(self._result(part) for part in value)}]"
+        if tree.opened(value) is None:
+            return self._value(value, "c")
         leaves, spec = tree.flatten(value)
-        if spec.kind is None:
-            raise KeyError(value)
-        parts = [_picker(leaf, places) for leaf in leaves]
-        return lambda pool: tree.unflatten([part(pool) for part in parts], spec)
-    if len(value) > 1 and all(id(v) in places for v in value):
-        return itemgetter(*[places[id(v)] for v in value])
-    parts = [_picker(v, places) for v in value]
-    return lambda pool: tuple([part(pool) for part in parts])
+        if not leaves:
+            return self._value(value, "c")
+        parts = self._result(tuple(leaves))
+        return f"{self._value(tree.unflatten, 'unflatten')}({parts}, {self._value(spec, 'c')})"
+
+    def _value(self, value: Any, name: str) -> str:
+        """A constant, as it is written or by a name."""
+        if value is None or value.__class__ in (int, bool):
+            return repr(value)
+        for known, other in self.values.items():
+            if other is value:
+                return known
+        name = f"{name}{len(self.values)}"
+        self.values[name] = value
+        return name
+
+
+def _seen_as(distance: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], root: Tensor) -> Tensor:
+    """What lies in the memory of ``root``, so many bytes behind its begin."""
+    begin = root.storage_offset() * root.itemsize + distance
+    view = torch.empty(0, dtype=dtype, device=root.device)
+    return view.set_(root.untyped_storage(), begin // dtype.itemsize, shape, strides)

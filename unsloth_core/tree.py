@@ -50,6 +50,8 @@ class Spec(NamedTuple):
     num_leaves: int
     flat: bool = False
 
+    __hash__ = object.__hash__  # keys of dictionaries hold these: equal ones are seldom two objects
+
 
 _LEAF = Spec(None, None, (), 1)
 
