@@ -4,7 +4,7 @@ A family gives ``embed``, ``pre``, ``post``, ``final`` and ``spec``; only attent
 batches, remat and cached decoding are loops around the same functions."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unsloth_core import backend, offload, tree
 from unsloth_core.autodiff import SAVE, Policy
+from unsloth_core.batch import Batch
 from unsloth_core.cache import Cache
 from unsloth_core.ops.attention import attention
 from unsloth_core.ops.linear import linear
@@ -23,7 +24,6 @@ from unsloth_core.segments import Segments
 from unsloth_core.tree import ABSENT
 
 if TYPE_CHECKING:
-    from unsloth_core.data import Batch
     from unsloth_core.tokenizer import Tokenizer
 
 
@@ -61,7 +61,9 @@ class Schedule:
 
     @staticmethod
     def of(policy: "Schedule | Policy | None") -> "Schedule":
-        """A policy alone is a schedule that is the default otherwise."""
+        """A policy alone is a schedule that is the default otherwise. Raises ValueError for what is neither."""
+        if not isinstance(policy, Schedule | Mapping | None):
+            raise ValueError(f"policy is {policy!r}, expected a Schedule or a dict from names of calls to fates")
         return policy if isinstance(policy, Schedule) else Schedule(policy)
 
 
@@ -80,9 +82,12 @@ class Model:
         return dict.fromkeys(self.family.SAVED, SAVE)
 
     def logits(self, params: Any, tokens_BT: Tensor) -> Tensor:
-        """(B, T) token ids -> (B, T, V) logits in the dtype of the weights, causal within each row."""
-        if tokens_BT.ndim != 2:
-            raise ValueError(f"logits: tokens_BT has shape {tuple(tokens_BT.shape)}, expected (B, T)")
+        """(B, T) token ids -> (B, T, V) logits in the dtype of the weights, causal within each row.
+
+        Raises ValueError for another shape or dtype; an id outside [0, V) gives NaN."""
+        if tokens_BT.ndim != 2 or tokens_BT.dtype not in (torch.int64, torch.int32):
+            got = f"{tokens_BT.dtype} of shape {tuple(tokens_BT.shape)}"
+            raise ValueError(f"logits: tokens_BT is {got}, expected torch.int64 or torch.int32 of shape (B, T)")
         length = tokens_BT.shape[1]
         positions_N = torch.arange(length, device=tokens_BT.device).repeat(tokens_BT.shape[0])
         segments = Segments.uniform(*tokens_BT.shape, device=tokens_BT.device)
@@ -90,7 +95,7 @@ class Model:
         return head_logits(params, x_ND).unflatten(0, tuple(tokens_BT.shape))
 
     def loss(
-        self, params: Any, batch: "Batch", *, count: Tensor | None = None, key: Tensor | None = None,
+        self, params: Any, batch: Batch, *, count: Tensor | None = None, key: Tensor | None = None,
         policy: Schedule | Policy | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """``(loss, aux)``: cross-entropy summed over the batch's targets, divided by ``count``.
@@ -102,8 +107,11 @@ class Model:
         copied to the weights'. aux: ``loss_sum`` and ``count``, 0-d fp32; of mixtures of experts also ``balance``,
         the load-balancing loss over the batch's real tokens, ``top_k`` where all experts work alike. The loss has
         ``router_aux_loss_coef`` times it added where config.json has ``output_router_logits``, as in ``transformers``,
-        but weighed by ``batch.count / count``, so that microbatches add up to their mean.
+        but weighed by ``batch.count / count``, so that microbatches add up to their mean. Raises ValueError for what is
+        no batch, a key, and a policy that names no call of a layer.
         """
+        if not isinstance(batch, Batch):
+            raise ValueError(f"loss: batch is a {type(batch).__name__}, expected a Batch of uc.data: batches, Batch.of")
         if key is not None:
             raise ValueError(f"loss: key was given, but no op of family {self.family.__name__} is random")
         if batch.tokens_N.device != params.norm.device:

@@ -434,6 +434,8 @@ def test_ids_outside_the_vocabulary_are_refused_on_the_host():
         (lambda: data.from_tokens([1, 2], vocab_size=9), r"expected \(B, T\)"),
         (lambda: data.from_tokens([[1, 2]], [[True]], vocab_size=9), r"expected \(B, T\)"),
         (lambda: data.batches(rows(), TOKENIZER, epochs=0), "epochs = 0"),
+        (lambda: data.batches(rows(), TOKENIZER, tokens=0), "batches: tokens = 0, expected at least 2"),
+        (lambda: data.batches(rows(), None), "batches: tokenizer is None"),
         (lambda: data.batches(rows(), TOKENIZER, start=-1), "start = -1"),
         (lambda: data.batches(rows(), TOKENIZER, train_on="prompts"), "train_on = 'prompts'"),
         (lambda: data.batches(rows(), TOKENIZER, max_len=1), "max_len = 1"),

@@ -107,6 +107,7 @@ def test_frequencies_are_the_probabilities():
         ({"temperature": 1.0}, "pass key=uc.random.key"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1, expected at least 0"),
     ],
 )
 def test_bad_options(loaded, options, message):
@@ -139,4 +140,11 @@ def test_prompts_without_tokens_and_models_without_tokenizer_are_refused(loaded)
         generate(model, params, [""])
     with pytest.raises(ValueError, match="this model has no tokenizer"):
         generate(dataclasses.replace(model, tokenizer=None), params, ["a"])
+    with pytest.raises(ValueError, match="generate: model is a Weights, expected a Model: model, params = "):
+        generate(params, model, ["a"])
+    with pytest.raises(ValueError, match="generate: prompts is the string 'ab', expected a list of prompts"):
+        generate(model, params, "ab")
+    for prompt in (3, {"role": "user", "content": "a"}):
+        with pytest.raises(ValueError, match="generate: prompt is .*, expected a string or a list of messages"):
+            generate(model, params, [prompt])
     assert generate(model, params, []) == [] and generate(model, params, ["a"], max_new_tokens=0) == [""]

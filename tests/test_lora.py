@@ -370,6 +370,31 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="lora.adapt: layers.0.qkv carries adapters already; merge them first"):
         lora.adapt(lora.adapt(params, adapters), {path: adapters[path]})
     lora.adapt(lora.merge(params, adapters), adapters)
+    for dropout in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"lora.adapt: dropout is {dropout}, expected 0 <= dropout < 1"):
+            lora.adapt(params, adapters, dropout=dropout, key=random.key(0))
+
+
+def test_a_model_and_its_weights_are_told_apart(tmp_path):
+    _, model, params = make()
+    adapters = lora.init(random.key(0), params, rank=2)
+    for name, call in {
+        "init": lambda wrong: lora.init(random.key(0), wrong),
+        "adapt": lambda wrong: lora.adapt(wrong, adapters),
+        "merge": lambda wrong: lora.merge(wrong, adapters),
+    }.items():
+        for wrong, kind in (({}, "dict"), (model, "Model"), (None, "NoneType"), (torch.zeros(2), "Tensor")):
+            with pytest.raises(ValueError, match=f"lora.{name}: params is a {kind}, expected a model's weights"):
+                call(wrong)
+    lora.save(adapters, tmp_path / "saved", model)
+    with pytest.raises(ValueError, match="lora.load: params is a Model, expected a model's weights"):
+        lora.load(tmp_path / "saved", model)
+    with pytest.raises(ValueError, match="lora.save: model is a Weights, expected a Model: model, params = "):
+        lora.save(adapters, tmp_path / "new", params)
+    assert not (tmp_path / "new").exists()
+    for key, got in ((0, "of type int"), (torch.zeros(2), r"\(2,\) torch.float32")):
+        with pytest.raises(ValueError, match=f"lora.init: key is {got}, expected a .* of random.key"):
+            lora.init(key, params)
 
 
 def saved(folder, **changes):

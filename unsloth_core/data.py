@@ -316,8 +316,13 @@ def batches(
 
     See :func:`read_examples` for sources, :data:`FORMATS` for the fields of a row, :func:`tokenize` for ``train_on``
     and ``max_len`` (default: ``tokens``), :class:`Batches` for the order and ``start``. Everything is tokenised
-    first; ids are checked against ``vocab_size`` (default: the tokenizer's).
+    first; ids are checked against ``vocab_size`` (default: the tokenizer's). Raises ValueError as :func:`tokenize`
+    does, for options out of range, and without a tokenizer.
     """
+    if tokenizer is None:
+        raise ValueError("batches: tokenizer is None, expected one such as model.tokenizer")
+    if tokens < 2:
+        raise ValueError(f"batches: tokens = {tokens}, expected at least 2, one to predict the next from")
     if max_len is not None and max_len > tokens:
         raise ValueError(f"batches: max_len = {max_len}, expected at most tokens = {tokens}")
     vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size

@@ -35,6 +35,8 @@ def generate(
     that mass), drawn with ``key`` (needed then). The cache holds ``max_new_tokens`` from the start; where they pass the
     model's context a warning says so, and generation goes on. Raises ValueError for an empty prompt, for options
     out of range, and when logits are NaN."""
+    if isinstance(prompts, str):  # a sequence of prompts of one letter
+        raise ValueError(f"generate: prompts is the string {prompts[:40]!r}, expected a list of prompts")
     ids = [encode_prompt(model, prompt) for prompt in prompts]
     sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, key=key)
     new: list[list[int]] = [[] for _ in ids]
@@ -69,6 +71,8 @@ def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
     tokenizer = _tokenizer(model)
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt)
+    elif not isinstance(prompt, Sequence):
+        raise ValueError(f"generate: prompt is {str(prompt)[:60]}, expected a string or a list of messages")
     else:
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -115,7 +119,9 @@ def _steps(
     model: Model, params: Any, ids: list[list[int]], max_new_tokens: int, sampler: Sampler
 ) -> Iterator[list[int | None]]:
     """One new token per sequence and step, None for those that have ended."""
-    if max_new_tokens < 1 or not ids:
+    if max_new_tokens < 0:
+        raise ValueError(f"generate: max_new_tokens is {max_new_tokens}, expected at least 0")
+    if not max_new_tokens or not ids:
         return
     cfg, device, dtype = model.config, params.norm.device, params.embed.dtype
     lengths = [len(tokens) for tokens in ids]
@@ -172,6 +178,9 @@ def _packed(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, T
 
 
 def _tokenizer(model: Model) -> Any:
+    if not isinstance(model, Model):
+        got = f"a {type(model).__name__}"
+        raise ValueError(f"generate: model is {got}, expected a Model: model, params = uc.load(...)")
     if model.tokenizer is None:
         raise ValueError(
             "generate: this model has no tokenizer; load one with the model, or call model.logits yourself"

@@ -62,9 +62,10 @@ def init(
     ``rank``: one for all, or ``{"q_proj": 8, ...}`` by last name (then only those modules are adapted). ``alpha``:
     default the rank; the scale is alpha/rank, with ``rslora`` alpha/sqrt(rank). ``targets``: "all-linear" (every linear
     of the layers), "attention", or a list of last names. A module starts the same whatever the other targets are.
-    Raises ValueError for a target that the model does not have or a rank below 1.
+    Raises ValueError for a target that the model does not have, a rank below 1, no key, and no model's weights.
     """
-    modules = _modules(params)
+    random.check("lora.init", key)
+    modules = _modules("init", params)
     last_names = sorted({path.rpartition(".")[2] for path in modules})
     chosen = _targets(targets, last_names)
     if isinstance(rank, Mapping):
@@ -97,10 +98,12 @@ def adapt(params: Any, adapters: Adapters, *, dropout: float = 0.0, key: Tensor 
 
     ``dropout``, PEFT's ``lora_dropout``: while training, pass a new ``key`` for every microbatch, and each adapter's
     input is dropped out with a mask of its own. Without a key nothing is.
-    Raises ValueError for a module that the model does not have, or adapters whose shape does not fit it;
-    NotImplementedError for dropout on experts.
+    Raises ValueError for a module that the model does not have, adapters whose shape does not fit it, or dropout
+    outside [0, 1); NotImplementedError for dropout on experts.
     """
-    modules = _modules(params)
+    modules = _modules("adapt", params)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"lora.adapt: dropout is {dropout}, expected 0 <= dropout < 1")
     if missing := sorted(set(adapters) - set(modules)):
         raise ValueError(
             f"lora.adapt: the model has no linear {missing[0]!r} ({len(missing)} such adapters): another model's?"
@@ -140,11 +143,12 @@ def adapt(params: Any, adapters: Adapters, *, dropout: float = 0.0, key: Tensor 
 def merge(params: Any, adapters: Adapters) -> Any:
     """New dense weights ``round(fp32(W) + scale·B·A)``, rounded once to the base's dtype; an NF4 base is decoded first.
 
-    Merging into 16 bits loses small updates, so train with :func:`adapt` and merge only to export.
+    Merging into 16 bits loses small updates, so train with :func:`adapt` and merge only to export. Raises as that does.
     """
     values = {}
+    modules = _modules("merge", params)
     adapted = adapt(params, adapters)
-    for declaration in {id(d): d for d, _ in _modules(params).values()}.values():
+    for declaration in {id(d): d for d, _ in modules.values()}.values():
         node = weights.get(adapted, declaration.path)
         if not isinstance(node, Adapted):
             continue
@@ -166,9 +170,10 @@ def _dense(w: Tensor | NF4 | Stacked) -> Tensor:
 def save(adapters: Adapters, folder: str | os.PathLike[str], model: "Model") -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT does, each under a temporary name first.
 
-    ``model`` says which modules exist and where the base came from. Raises ValueError for adapters of another model,
-    OSError (disk full, no permission) with the files that were there before still whole.
+    ``model`` says which modules exist and where the base came from. Raises ValueError for adapters of another model and
+    for what is no model, OSError (disk full, no permission) with the files that were there before still whole.
     """
+    config = _peft_config(adapters, model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -176,7 +181,6 @@ def save(adapters: Adapters, folder: str | os.PathLike[str], model: "Model") -> 
         for kind, t in (("A", lora.a.detach().cpu()), ("B", lora.b.detach().cpu())):
             for name, one in zip(_each(path, len(t) if t.ndim == 3 else 0), t if t.ndim == 3 else [t], strict=True):
                 tensors[f"{_PREFIX}{name}.lora_{kind}.weight"] = one.contiguous()
-    config = _peft_config(adapters, model)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         try:
             save_file(tensors, Path(temporary) / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -205,7 +209,7 @@ def load(folder: str | os.PathLike[str], params: Any) -> Adapters:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"lora.load: {config_file} is not JSON: {error}") from None
     _check_supported(config, config_file)
-    modules = _modules(params)
+    modules = _modules("load", params)
     single: dict[str, LoRA] = {}
     for name, pair in _read_pairs(tensor_file).items():
         if pair.keys() != {"A", "B"}:
@@ -300,8 +304,13 @@ def _each(path: str, experts: int) -> list[str]:
     return [path.replace("{e}", str(e)) for e in range(experts)] if experts else [path]
 
 
-def _modules(params: Any) -> dict[str, Place]:
-    """Every linear of the layers by module path, with the leaf it is stored in and which part of it."""
+def _modules(function: str, params: Any) -> dict[str, Place]:
+    """Every linear of the layers by module path, with the leaf it is stored in and which part of it.
+
+    Raises ValueError for anything but the weights of a model."""
+    if not (hasattr(params, "config") and hasattr(params, "layers")):
+        got = f"a {type(params).__name__}"
+        raise ValueError(f"lora.{function}: params is {got}, expected a model's weights: model, params = uc.load(...)")
     return {
         module: (declaration, part)
         for declaration in weights.declarations(type(params), params.config.dims)
@@ -342,6 +351,9 @@ def _target_modules(adapters: Adapters, model: "Model") -> list[str]:
 
 
 def _peft_config(adapters: Adapters, model: "Model") -> dict[str, Any]:
+    if not hasattr(model, "source"):
+        got = f"a {type(model).__name__}"
+        raise ValueError(f"lora.save: model is {got}, expected a Model: model, params = uc.load(...)")
     ranks = {path: lora.a.shape[-2] for path, lora in adapters.items()}
     alphas = {path: lora.scale * ranks[path] for path, lora in adapters.items()}
     alphas = {path: int(alpha) if alpha.is_integer() else alpha for path, alpha in alphas.items()}

@@ -19,6 +19,13 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
     return _mix(torch.tensor([seed & _MASK, ~seed & _MASK], dtype=torch.int64, device=device))
 
 
+def check(where: str, key: Tensor) -> None:
+    """Raises ValueError for anything but a key, such as the seed of one."""
+    if not (isinstance(key, Tensor) and key.shape == (2,) and key.dtype == torch.int64):
+        got = f"{tuple(key.shape)} {key.dtype}" if isinstance(key, Tensor) else f"of type {type(key).__name__}"
+        raise ValueError(f"{where}: key is {got}, expected a (2,) torch.int64 of random.key(seed)")
+
+
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     """A new key from a key and an integer (a step, a layer), which may be a 0-d device tensor; n keys of an (n, 1)."""
     step = (data.to(torch.int64) + 1) * _GOLDEN if isinstance(data, Tensor) else _wrap((data + 1) * _GOLDEN)

@@ -30,9 +30,12 @@ class Shape:
 
     @staticmethod
     def of(model: Model | Mapping[str, Any]) -> "Shape":
-        """Of a model that is loaded, or of the content of a ``config.json``."""
+        """Of a model that is loaded, or of the content of a ``config.json``. Raises ValueError for anything else."""
         if isinstance(model, Model):
             return Shape(model.family, model.config, False, model.source or "model")
+        if not isinstance(model, Mapping):
+            got = f"a {type(model).__name__}"
+            raise ValueError(f"plan: model is {got}, expected a Model or the content of a config.json")
         family = family_of(dict(model))
         biases = any(model.get(name) for name in ("attention_bias", "mlp_bias"))
         name = str(model.get("_name_or_path") or model["model_type"])

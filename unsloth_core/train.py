@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 import tomllib
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -207,11 +208,15 @@ def finetune(
     adapter in PEFT's format, and checkpoints. A run that finds a checkpoint of its own in ``output`` goes on from there
     and ends with the same bits as one that was never stopped; ``resume=False`` starts over. Raises ValueError for bad
     options or data, for a checkpoint of a run with other options, data or weights, for an ``output`` with an adapter
-    and no checkpoint, and when loss or gradient is not finite (earlier checkpoints stay).
+    and no checkpoint, and when loss or gradient is not finite (earlier checkpoints stay). Warns of examples that are
+    longer than the model's context.
     """
     if unknown := sorted(set(options) - {field.name for field in dataclasses.fields(Options)}):
         raise ValueError(f"finetune: unknown option {unknown[0]!r}, expected the fields of Options")
     o = Options(**options)
+    if not isinstance(model, Model):
+        got = f"a {type(model).__name__}"
+        raise ValueError(f"finetune: model is {got}, expected a Model: model, params = uc.load(...)")
     if model.tokenizer is None:
         raise ValueError(
             "finetune: this model has no tokenizer; load one with the model, or write the loop with make_step"
@@ -225,6 +230,13 @@ def finetune(
     more["vocab_size"] = model.config.vocab_size
     batches = data.batches(training, model.tokenizer, epochs=o.epochs, seed=o.seed, **more)
     held_out_batches = list(data.batches(held_out, model.tokenizer, shuffle=False, **more)) if held_out else []
+    context, longest = model.config.max_position_embeddings, int(batches.examples.lengths.max())
+    if longest > context:
+        warnings.warn(
+            f"finetune: examples of up to {longest} tokens exceed the model's context of {context} "
+            "(max_position_embeddings), where it may learn little; fewer tokens (--tokens) cut them",
+            stacklevel=2,
+        )
     steps = o.steps or max(len(batches) // o.accumulate, 1)
 
     rates = {

@@ -1,6 +1,7 @@
 """A run writes what it promises, learns its examples, and replaces nothing that it was not told to."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import pytest
@@ -108,8 +109,21 @@ def test_a_full_disk_leaves_the_options_of_the_last_run(tmp_path, monkeypatch):
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()} == before
 
 
-def test_a_model_without_tokenizer_is_refused(tmp_path):
+def test_a_warning_where_examples_pass_the_context(tmp_path):
     model, params = make()
+    config = dataclasses.replace(model.config, max_position_embeddings=20)
+    short = (dataclasses.replace(model, config=config), params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(tmp_path / "a", model=short, steps=1, examples=rows(5))
+    with pytest.warns(UserWarning, match=r"^finetune: examples of up to 22 tokens exceed the model's context of 20 "):
+        run(tmp_path / "b", model=short, steps=1, examples=[*rows(5), {"text": "w1 " * 22}])
+
+
+def test_models_that_are_none_or_have_no_tokenizer_are_refused(tmp_path):
+    model, params = make()
+    with pytest.raises(ValueError, match="finetune: model is a Weights, expected a Model: model, params = "):
+        finetune(params, model, rows(), output=tmp_path)
     with pytest.raises(ValueError, match="finetune: this model has no tokenizer"):
         finetune(dataclasses.replace(model, tokenizer=None), params, rows(), output=tmp_path)
 
