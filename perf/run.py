@@ -319,7 +319,7 @@ class Bench:
             if case.replay and self.machine.device.type == "cuda":
                 times = self._replayed(case, shape, direction, ready)
             else:
-                times = self._in_turns(ready, once, max((host[impl, direction] for impl in ready), default=0.0))
+                times = self._in_turns(ready, once, {impl: host[impl, direction] for impl in ready})
             best = min((t for impl, t in times.items() if ops.is_peer(impl)), default=math.nan)
             own = {impl: beside.costs(sets[0], *shape)[direction] for impl, beside in case.yardsticks.items()}
             for impl, ms in times.items():
@@ -353,16 +353,20 @@ class Bench:
                 self._failed(case, impl, error, shape, direction)
         return times
 
-    def _in_turns(self, ready: dict[str, list[Call]], once: dict[str, float], host_us: float) -> dict[str, float]:
+    def _in_turns(
+        self, ready: dict[str, list[Call]], once: dict[str, float], host_us: dict[str, float]
+    ) -> dict[str, float]:
         """Median milliseconds of implementations that take turns; see the head of this file."""
         names = list(ready)
+        longest = max((us for impl, us in host_us.items() if impl != REFERENCE), default=0.0)
         rounds = [list(range(len(names)))] if self.machine.smoke else rounds_of(len(names))
         samples: dict[str, list[float]] = {impl: [] for impl in names}
         sources = {impl: itertools.cycle(calls) for impl, calls in ready.items()}
         for impl in (names[each] for row in rounds for each in row):
             lead, timed = (0, 1) if self.machine.smoke else turn_of(once[impl], len(rounds))
             kept: Any = collections.deque(maxlen=len(ready[impl]))  # outputs rotate too: freed, they would stay in L2
-            taken = [self.machine.milliseconds(next(sources[impl]), host_us, kept.append) for _ in range(lead + timed)]
+            rest = max(longest, host_us[impl])  # the slow reference rests longer, but nobody else for its sake
+            taken = [self.machine.milliseconds(next(sources[impl]), rest, kept.append) for _ in range(lead + timed)]
             samples[impl] += taken[lead:]
         return {impl: statistics.median(ms) for impl, ms in samples.items()}
 

@@ -89,11 +89,12 @@ def test_times_are_those_of_balanced_turns_after_their_lead(monkeypatch):
         return 10.0 + 3.0 * ("hot" in recent and log[-1][0] != "hot")
 
     monkeypatch.setattr(machine, "milliseconds", milliseconds)
-    ready = {name: [lambda name=name: name] for name in ("hot", "a", "same as a")}
-    times = run.Bench(machine, {}, print)._in_turns(ready, dict.fromkeys(ready, 10.0), host_us=7.0)
-    assert times == {"hot": 10.0, "a": 10.0, "same as a": 10.0}
-    lead, timed = run.turn_of(10.0, turns=6)
-    assert collections.Counter(log) == {(name, 7.0): 6 * (lead + timed) for name in ready}
+    ready = {name: [lambda name=name: name] for name in ("hot", "a", "same as a", ops.REFERENCE)}
+    host_us = {"hot": 3.0, "a": 7.0, "same as a": 5.0, ops.REFERENCE: 99.0}
+    times = run.Bench(machine, {}, print)._in_turns(ready, dict.fromkeys(ready, 10.0), host_us)
+    assert set(times.values()) == {10.0} and times.keys() == ready.keys()
+    rests = {"hot": 7.0, "a": 7.0, "same as a": 7.0, ops.REFERENCE: 99.0}
+    assert collections.Counter(log) == dict.fromkeys(rests.items(), 4 * sum(run.turn_of(10.0, turns=4)))
 
 
 def test_a_yardstick_is_measured_in_turns_checked_by_its_own_reference_and_nobodys_peer(machine):
