@@ -300,9 +300,10 @@ def plan(
     sequence: Annotated[int | None, typer.Option(help="Length of the examples. Default: one of all tokens.")] = None,
     rank: Annotated[int, typer.Option(help=OPTION_HELP["rank"])] = Options.rank,
     targets: Annotated[str, typer.Option(help=OPTION_HELP["targets"])] = "all-linear",
+    dropout: Annotated[float, typer.Option(help=OPTION_HELP["dropout"])] = Options.dropout,
     optimizer_states: Annotated[str, typer.Option(help=OPTION_HELP["optimizer_states"])] = Options.optimizer_states,
     accumulate: Annotated[int, typer.Option(help=OPTION_HELP["accumulate"])] = Options.accumulate,
-    dtype: DtypeOption = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the model's weights. Default: bfloat16.")] = None,
     quantize: QuantizeOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -315,8 +316,9 @@ def plan(
     """
     with _one_line_errors(debug):
         run = Options(
-            tokens=tokens, rank=rank, targets=_names(targets), optimizer_states=optimizer_states, accumulate=accumulate
-        )
+            tokens=tokens, rank=rank, targets=_names(targets), dropout=dropout, optimizer_states=optimizer_states,
+            accumulate=accumulate,
+        )  # fmt: skip
         typer.echo(str(_plan(model, run, memory, sequence, dtype, quantize)))
 
 
@@ -331,8 +333,9 @@ def _plan(
     config = text_config(hub.read_config(source), source)
     return make_plan(
         {**config, "_name_or_path": source}, run.tokens, memory, sequence=sequence, rank=run.rank, targets=run.targets,
-        optimizer_states=run.optimizer_states, accumulate=run.accumulate, capture=run.capture is not False,
-        quantize=None if quantize is None else quantize.value, dtype=getattr(torch, (dtype or Dtype.bfloat16).value),
+        dropout=run.dropout, optimizer_states=run.optimizer_states, accumulate=run.accumulate,
+        capture=run.capture is not False, quantize=None if quantize is None else quantize.value,
+        dtype=getattr(torch, (dtype or Dtype.bfloat16).value),
     )  # fmt: skip
 
 

@@ -88,7 +88,7 @@ class Plan:
 
     def __str__(self) -> str:
         best, gib = self.best, lambda n: f"{n / GIB:8.2f} GiB"
-        budget = "no budget" if self.budget is None else f"budget {self.budget / GIB:.2f} GiB"
+        budget = "no budget" if self.budget is None else f"budget {_size(self.budget)}"
         share = f"{self.tokens / best.seconds:,.0f} tokens/s"
         lines = [
             f"{self.title}, {budget}",
@@ -145,8 +145,8 @@ def plan(
     if not fits:
         least = min(found, key=lambda c: c.peak)
         raise ValueError(
-            f"plan: a step on {tokens} tokens does not fit into {(limit or 0) / GIB:.2f} GiB; the least is "
-            f"{math.ceil(least.peak / GIB * 100) / 100:.2f} GiB ({least.describe()})"
+            f"plan: a step on {tokens} tokens does not fit into {_size(limit or 0)}; the least is "
+            f"{_size(least.peak, math.ceil)} ({least.describe()})"
         )
     best = min(fits, key=lambda c: (c.seconds, c.peak))
     return Plan(run.title, tokens * run.accumulate, limit, best, tuple(_frontier(found, best)))
@@ -164,9 +164,9 @@ def predict(
     """Peak and time of a step under ``schedule``.
 
     ``step``: ``sequence``, length of the segments, for the price of attention (default all tokens); ``quantize``,
-    ``rank`` (16), ``targets`` ("all-linear"), ``optimizer_states`` ("fp32") and ``dtype`` (bfloat16) as for ``load``,
-    ``lora.init`` and ``finetune``; ``accumulate`` (1), microbatches of ``tokens`` in a step; ``capture`` (False),
-    whether it is a CUDA graph, which does not wait for the host; ``rates`` (H100)."""
+    ``rank`` (16), ``targets`` ("all-linear"), ``dropout`` (0), ``optimizer_states`` ("fp32") and ``dtype`` (bfloat16)
+    as for ``load``, ``lora.init`` and ``finetune``; ``accumulate`` (1), microbatches of ``tokens`` in a step;
+    ``capture`` (False), whether it is a CUDA graph, which does not wait for the host; ``rates`` (H100)."""
     if schedule.policy is None:
         family = Shape.of(model).family
         kept = dict.fromkeys(("attn",) if schedule.tile else family.SAVED, SAVE)
@@ -183,6 +183,11 @@ def parse_bytes(text: str) -> int:
         raise ValueError(f"memory is {text!r}, expected a size such as 24GiB")
     unit = (match[2] or "Gi").lower()
     return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** ("kmgt".index(unit[0]) + 1))
+
+
+def _size(count: int, rounded: Callable[[float], int] = round) -> str:
+    """Bytes in words that :func:`parse_bytes` reads."""
+    return f"{rounded(count / GIB * 100) / 100:.2f} GiB" if count >= GIB else f"{rounded(count / 2**20)} MiB"
 
 
 def _around(found: Iterable[Candidate], limit: int) -> tuple[Candidate, Candidate] | None:

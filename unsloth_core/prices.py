@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import tree, weights
 from .cost import Cost
+from .tree import ABSENT
 from .weights import Adapted
 
 
@@ -92,7 +93,11 @@ def _products(backward: bool, op: str, what: Any, needs: Any, item: int) -> list
         rows = what[0].numel() // (2 * c if op == "glu_linear" else c)
     product, narrow = op_file("grouped_linear" if op == "grouped_linear" else "linear").cost(rows, w, itemsize=item), []
     if isinstance(w, Adapted):
-        narrow = [Cost(bytes=rows * (2 * c + 2 * m if backward else c) * item, flops=0)]
+        wide = 2 * c + 2 * m if backward else c
+        if isinstance(w.key, Tensor):  # with dropout every adapter has an input, and a gradient of it, of its own
+            each = (10 if needs[0] is True else 4) if backward else 3
+            wide = each * c * sum(part is not ABSENT for part in w.parts) + 2 * m * backward
+        narrow = [Cost(bytes=rows * wide * item, flops=0)]
     if op == "linear_rope":
         narrow.append(Cost(bytes=2 * rows * m * item, flops=0))
     if op == "glu_linear":

@@ -152,6 +152,7 @@ class Rehearsal:
         sequence: int | None = None,
         rank: int | Mapping[str, int] = 16,
         targets: str | Sequence[str] = "all-linear",
+        dropout: float = 0.0,
         quantize: str | None = None,
         optimizer_states: str = "fp32",
         accumulate: int = 1,
@@ -163,6 +164,12 @@ class Rehearsal:
             raise ValueError(f"plan: quantize is {quantize!r}, expected one of {QUANTIZATIONS}")
         if tokens < 2:
             raise ValueError(f"plan: tokens is {tokens}, expected at least 2")
+        if sequence is not None and sequence < 1:
+            raise ValueError(f"plan: sequence is {sequence}, expected at least 1")
+        if accumulate < 1:
+            raise ValueError(f"plan: accumulate is {accumulate}, expected at least 1")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"plan: dropout is {dropout}, expected 0 <= dropout < 1")
         if optimizer_states not in OPTIMIZER_STATES:
             expected = tuple(OPTIMIZER_STATES)
             raise ValueError(f"plan: optimizer_states is {optimizer_states!r}, expected one of {expected}")
@@ -170,9 +177,11 @@ class Rehearsal:
         self.shape = shape = Shape.of(model)
         self.tokens, self.length, self.rates = tokens, length, rates
         self.rank, self.targets, self.quantize, self.dtype = rank, targets, quantize, dtype
+        self.dropout = dropout
         self.states, self.accumulate, self.capture = OPTIMIZER_STATES[optimizer_states], accumulate, capture
         kind = quantize or str(dtype).removeprefix("torch.")
         self.title = f"{shape.name}, {kind}, {tokens} tokens in segments of {length}, rank {rank}, {rates.name}"
+        self.title += f", dropout {dropout}" * (dropout > 0)
         self.lengths = [length] * (tokens // length) + [tokens % length] * (tokens % length > 0)
         self.batch = data.Batch.of(
             [(np.zeros(n, np.int64), None) for n in self.lengths],
@@ -197,7 +206,10 @@ class Rehearsal:
         model, params, adapters = self.model(layers)
         optimizer = optim.adamw(1e-4, state_dtype=self.states)
         state = optimizer.init(adapters)
-        step = make_step(model, params, optimizer, max_norm=1.0, policy=schedule)
+        masks = random.key(0) if self.dropout else None
+        step = make_step(
+            model, params, optimizer, max_norm=1.0, policy=schedule, dropout=self.dropout, key=masks
+        )  # fmt: skip
         with Meter((params, adapters, state, self.batch)) as meter:
             walk = Walk(meter, layers, self.price)
             with listening(walk.hear):
