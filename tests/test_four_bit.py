@@ -20,7 +20,10 @@ from unsloth_core.ops import nf4
 from unsloth_core.tree import ABSENT
 from unsloth_core.weights import NF4, Stacked
 
-QUANTIZATION = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+QUANTIZATION = {
+    "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8", "llm_int8_threshold": 6.0,
+}  # fmt: skip
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -56,7 +59,9 @@ def quantised(version, skip=(), dtype=torch.float32, **options):
             tensors |= more
         else:
             tensors[name] = t.cpu().to(dtype)
-    return Checkpoint({**whole.config, "quantization_config": QUANTIZATION}, tensors), nodes
+    stored_so = {**QUANTIZATION, "llm_int8_skip_modules": ["lm_head", *skip]}
+    stored_so["bnb_4bit_use_double_quant"] = options.get("double", True)
+    return Checkpoint({**whole.config, "quantization_config": stored_so}, tensors), nodes
 
 
 def read(checkpoint, dtype=torch.float32, **options):
