@@ -30,6 +30,12 @@ def _normed(x: Tensor) -> Tensor:
     return _checked(x)
 
 
+def _cast(x: Tensor) -> Tensor:
+    """What torch's layer hands to LayerNorm or softmax: on a GPU autocast has them in fp32. Our ops leave dtypes alone,
+    so a layer of ours that stands in for torch's does it."""
+    return x.float() if torch.is_autocast_enabled(x.device.type) and x.is_cuda else x
+
+
 class RMSNorm(nn.RMSNorm):
     """``(size, eps, elementwise_affine)``; eps is an fp32 epsilon unless given, as in torch."""
 
@@ -50,7 +56,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         given = {name: t for name, t in (("w", self.weight), ("b", self.bias)) if t is not None}
-        return op("layer_norm")(_normed(x), **given, eps=self.eps)
+        return op("layer_norm")(_cast(_normed(x)), **given, eps=self.eps)
 
 
 class GLU(nn.Module):
@@ -72,7 +78,7 @@ class Softmax(nn.Softmax):
     """``(dim)``, the last one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return op("softmax")(_checked(x))
+        return op("softmax")(_cast(_checked(x)))
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):

@@ -62,25 +62,26 @@ def balance_of(out, config):
 
 
 def worst_allowed(hf, ids, truth):
-    """Each result in float32, by the worst of what PyTorch may answer.
+    """Each result in float32, by the worst of what PyTorch answers.
 
     A model's error in float32 is one draw of a random number: on an H100 two differ by a factor of 3 in some tensor. So
-    transformers answers with each of its attention implementations, and in float64 for weights that differ in their
-    last float32 bit: what no algorithm can tell apart, because its inputs were rounded already (backward stability)."""
+    transformers draws six times: with each of its attention implementations, and as often for weights that differ in
+    their last bit, where float64 for those same weights is the truth."""
     draws = []
-    for implementation in ("eager",) if hf.config.model_type == "gemma2" else ("sdpa", "eager"):  # sdpa caps no scores
-        hf.set_attn_implementation(implementation)
-        draws.append(judged(hf, ids))
-    for seed in range(4):
-        g = torch.Generator().manual_seed(seed)
-        near = copy.deepcopy(hf).double()
-        with torch.no_grad():
-            for p in near.parameters():
-                p.mul_(1 + (2 * torch.rand(p.shape, generator=g, dtype=p.dtype) - 1).to(DEVICE) * 2**-23)
-        draws.append(judged(near, ids))
+    kinds = ("eager",) if hf.config.model_type == "gemma2" else ("eager", "sdpa")  # sdpa caps no scores
+    for seed in range(6):
+        near, exact = copy.deepcopy(hf), truth
+        if seed >= len(kinds):
+            g = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for p in near.parameters():
+                    p.mul_(1 + (2 * torch.rand(p.shape, generator=g) - 1).to(DEVICE) * 2**-22)
+            exact = judged(copy.deepcopy(near).double(), ids)
+        near.config._attn_implementation = kinds[seed % len(kinds)]  # its own setter leaves Falcon as it was
+        draws.append({key: value - exact[key] for key, value in judged(near, ids).items()})
     return {
-        key: max((draw[key] for draw in draws), key=lambda t: float((t - exact).abs().max())).to(hf.dtype)
-        for key, exact in truth.items()
+        key: (t + max((draw[key] for draw in draws), key=lambda e: float(e.abs().max()))).to(hf.dtype)
+        for key, t in truth.items()
     }
 
 
@@ -99,7 +100,8 @@ def assert_conforms(hf, name):
         assert_op_rule(value, allowed[key], truth[key], key, FACTOR)
 
 
-# Whole-model fp32 gradients are sums of thousands of roundings, compared by their worst element.
+# Ours is a seventh draw. On a CPU, of 5,915 tensors of 221 models, 10 % err more than the worst of six (1 in 7 would, were
+# all drawn alike), 3 more than twice as much, none 2.7 times.
 FACTOR = 3.0
 
 
