@@ -4,13 +4,16 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oprule import DEVICE, assert_op_rule, rand
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import unsloth_core.backend as backend
-from unsloth_core import checkpoint, optim, tree
+from unsloth_core import checkpoint, device, optim, tree
+from unsloth_core.ops.dynamic_map import tables
 from unsloth_core.optim import blockwise, multi_tensor
 from unsloth_core.tree import ABSENT
 from unsloth_core.weights import LoRA
@@ -188,13 +191,14 @@ def test_eight_leaves_of_prime_sizes_are_one_launch(monkeypatch):
         torch.testing.assert_close(p, q, rtol=torch.finfo(p.dtype).eps, atol=1e-7)
 
 
-def test_views_that_are_not_aligned_to_sixteen_bytes():
+@pytest.mark.parametrize("state_dtype", [torch.float32, "8bit"])
+def test_views_that_are_not_aligned_to_sixteen_bytes(state_dtype):
     whole = rand((4 * multi_tensor.TILE + 9,), seed=0)
     params, grads = (
         [whole[1 : 2 * multi_tensor.TILE + 4]],
         [whole[2 * multi_tensor.TILE + 5 :][: multi_tensor.TILE * 2 + 3]],
     )
-    opt = optim.adamw(lr=0.1)
+    opt = optim.adamw(lr=0.1, state_dtype=state_dtype)
     ours, _ = opt.update(grads, opt.init(params), params)
     expected, _ = opt.update([grads[0].clone()], opt.init(params), [params[0].clone()])
     assert_same(ours, expected)
@@ -243,6 +247,78 @@ def test_8_bit_states_in_bytes():
     """10.06 bytes per bf16 parameter: p twice and g once at 2, and the states read and written."""
     state = optim.adamw(state_dtype="8bit").init([torch.zeros(64, 256, device=DEVICE)])
     assert 6 + 2 * tree.nbytes((state.m, state.v)) / (64 * 256) == pytest.approx(10.06, abs=0.003)
+
+
+@triton.jit
+def _coded(x, codes, absmax, maps, decoded, size, SIGNED: tl.constexpr, TILE: tl.constexpr, ZERO: tl.constexpr,
+           LEAST: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """One tile: codes and absmax of ``x``, and the entries of the codes found there, by the optimizer's own."""
+    offsets = multi_tensor._within_blocks(TILE, 256)
+    start = tl.program_id(0).to(tl.int64) * TILE
+    left = (size - start).to(tl.int32)
+    mask = offsets < left if RAGGED else None
+    given = tl.load(codes.to(tl.pointer_type(tl.uint8)) + start + offsets, mask, 0 if RAGGED else None).to(tl.int32)
+    first = maps if SIGNED else maps + 512
+    tl.store(decoded + start + offsets, multi_tensor._entry(first, given), mask)
+    numbers = tl.load(x + start + offsets, mask)
+    multi_tensor._encode(codes, absmax, first + 256, numbers, start, offsets, left, SIGNED, RAGGED, WIDE,
+                         TILE, 256, ZERO, LEAST)  # fmt: skip
+
+
+def coded(x, given, signed, tile=multi_tensor.TILE_8BIT, warps=multi_tensor.WARPS_8BIT, wide=4):
+    """(codes and absmax of x, entries of ``given``) as the kernel makes them."""
+    codes, absmax = given.clone(), torch.full((-(-x.numel() // 256),), torch.nan, device=DEVICE)
+    decoded = torch.full_like(x, torch.nan)
+    device.launch(
+        _coded, (-(-x.numel() // tile),), x, codes.data_ptr(), absmax.data_ptr(), multi_tensor._maps(x.device), decoded,
+        x.numel(), SIGNED=signed, TILE=tile, ZERO=blockwise.ZERO, LEAST=blockwise.LEAST_ABSMAX,
+        RAGGED=x.numel() % tile != 0, WIDE=wide, num_warps=warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    return blockwise.Blockwise(codes=codes, absmax=absmax), decoded
+
+
+def hard_numbers(signed):
+    """For blocks whose absmax is 1: every entry, every midpoint and its neighbours, what underflows when scaled."""
+    points, midpoints = tables(DEVICE, signed)
+    x = [points, midpoints]
+    for towards in (-2.0, 2.0):
+        x.append(torch.nextafter(midpoints, torch.full_like(midpoints, towards)))
+    x.append(torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-38, -1e-38, 1e-45, -1e-45, 1e-8, -1e-8], device=DEVICE))
+    x = torch.cat(x)
+    return x if signed else x.abs()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_kernel_s_8_bit_numbers_are_the_reference_s_to_the_bit(signed):
+    """Every code to its entry and back; ties at midpoints; blocks of any scale, down to subnormal, and of zeros."""
+    hard = hard_numbers(signed)
+    blocks = torch.nn.functional.pad(hard, (0, -hard.numel() % 255)).view(-1, 255)
+    blocks = torch.cat([torch.ones_like(blocks[:, :1]), blocks], 1)  # each has absmax 1
+    scales = torch.tensor([1.0, 2.0**-20, 3.7, 1e-30, 2e38, 1e-38, 1e-42, 0.0], device=DEVICE)
+    anything = rand((11, 256), seed=3) * 10.0 ** (3 * rand((11, 256), seed=4))
+    x = torch.cat(
+        [(blocks * scale).reshape(-1) for scale in scales] + [(anything if signed else anything.abs()).view(-1)]
+    )
+    x = x[: x.numel() - 77]  # a ragged block at the end
+    given = torch.arange(x.numel(), device=DEVICE).to(torch.uint8)
+    for n in (x.numel(), x.numel() // multi_tensor.TILE_8BIT * multi_tensor.TILE_8BIT):  # ragged, and whole tiles
+        for wide in (0, 4):
+            ours, entries = coded(x[:n].clone(), given[:n], signed, wide=wide)
+            theirs = blockwise.encode(x[:n], signed=signed)
+            assert torch.equal(ours.absmax, theirs.absmax)
+            wrong = (ours.codes != theirs.codes).nonzero().flatten().tolist()
+            assert not wrong, (wrong[:5], x[wrong[:5]].tolist(), ours.codes[wrong[:5]].tolist())
+            assert torch.equal(entries, tables(DEVICE, signed)[0][given[:n].long()])
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_8_bit_code_is_kept_by_decoding_and_encoding(signed):
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).repeat(16)
+    absmax = torch.logspace(-30, 30, 16, device=DEVICE)
+    state = blockwise.Blockwise(codes=codes, absmax=absmax)
+    x = blockwise.decode(state, signed=signed)
+    assert_same(blockwise.encode(x, signed=signed), state)
+    assert_same(coded(x, codes, signed)[0], state)
 
 
 @pytest.mark.parametrize("signed", [True, False])

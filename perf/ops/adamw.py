@@ -10,6 +10,7 @@ from unsloth_core import backend, optim, tree
 from unsloth_core.cost import Cost
 from unsloth_core.weights import LoRA
 
+from ..peers import Peer
 from .case import RANK, Case, Random
 
 
@@ -47,7 +48,8 @@ def _with(states: str) -> Case:
         return params, grads, state, counters
 
     def ours(params: Any, grads: Any, state: Any, counters: Any) -> Any:
-        params, state = optimizer.update(grads, state, params)
+        """In place, as training calls it and as the peers work."""
+        params, state = optimizer.update(grads, state, params, donate=True)
         # Two fp32 sums that differ in the last bit may lie on two sides of a midpoint: codes are not compared.
         return params if eight else (params, state.m, state.v)
 
@@ -56,12 +58,16 @@ def _with(states: str) -> Case:
             return ours(*args)
 
     def fused(params: Any, grads: Any, state: Any, counters: Any) -> Any:
-        """PyTorch's one launch over all parameters; it writes into its arguments."""
+        """PyTorch's one launch over all parameters."""
         torch_adamw(
             *(tree.leaves(t) for t in (params, grads, state.m, state.v)), [], list(counters), fused=True,
             amsgrad=False, beta1=0.9, beta2=0.999, eps=1e-8, maximize=False, **options,
         )  # fmt: skip
         return params, state.m, state.v
+
+    def copies(*args: Any) -> Any:
+        """For what writes into its arguments."""
+        return tree.map(torch.clone, args)
 
     def costs(args: Any, *shape: int) -> dict[str, Cost]:
         n = sum(p.numel() for p in tree.leaves(args[0]))
@@ -75,8 +81,8 @@ def _with(states: str) -> Case:
         small=(32, RANK, 1024, 3584) if eight else (32, RANK, 64, 224),
         tiny=(1, RANK, 256, 272) if eight else (1, 2, 32, 48),
         make=make,
-        ours=ours,
-        peers={"torch": reference} if eight else {"torch": reference, "fused": fused},
+        ours=Peer(ours, copies),
+        peers={"torch": Peer(reference, copies)} | ({} if eight else {"fused": Peer(fused, copies)}),
         costs=costs,
         dtype=torch.float32,
         compiles=False,

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device import lasting
+
 
 def dynamic_map(where: torch.device | str = "cpu", *, signed: bool = True) -> Tensor:
     """The map, (256,) fp32 ascending."""
@@ -29,22 +31,30 @@ def dynamic_map(where: torch.device | str = "cpu", *, signed: bool = True) -> Te
 def tables(where: torch.device, signed: bool) -> tuple[Tensor, Tensor]:
     """The map on a device, and the 255 midpoints of its neighbours: what :func:`nearest` takes."""
     points = dynamic_map(signed=signed)
-    return points.to(where), ((points[:-1] + points[1:]) / 2).to(where)
+    return lasting(points.to(where)), lasting(((points[:-1] + points[1:]) / 2).to(where))
+
+
+@triton.jit
+def place(size, SIGNED: tl.constexpr):
+    """fp32 whose integer part is the entry nearest to ``size`` in [0, 1], counted from 0's, or the one before it.
+
+    Inside a decade the index is a line in ``size``, flatter from decade to decade, so their minimum is the index to
+    within one.
+    """
+    S: tl.constexpr = 1 if SIGNED else 2
+    index = size * (1e6 * S / 0.9) + (8 / 9 * S + 0.5 - S)
+    for i in tl.static_range(1, 7):
+        index = tl.minimum(index, size * (1e6 * S / 0.9 * 0.2**i) + (8 / 9 * S * 2**i + 0.5 - S))
+    return index
 
 
 @triton.jit
 def nearest(x, midpoints, SIGNED: tl.constexpr):
     """int32 index of the entry nearest to fp32 ``x``, the lower one at a midpoint; 255 for NaN: torch.bucketize's.
 
-    Inside a decade the index is a line in |x|, flatter from decade to decade, so their minimum is the index to within
-    one; and one midpoint decides. (A search for it would read eight.)
+    One midpoint decides between the two candidates. (A search for it would read eight.)
     """
-    S: tl.constexpr = 1 if SIGNED else 2
-    size = tl.abs(x)
-    index = size * (1e6 * S / 0.9) + (8 / 9 * S + 0.5 - S)
-    for i in tl.static_range(1, 7):
-        index = tl.minimum(index, size * (1e6 * S / 0.9 * 0.2**i) + (8 / 9 * S * 2**i + 0.5 - S))
-    index = tl.minimum(index, 254.0).to(tl.int32)  # the entry, or the one before it
+    index = tl.minimum(place(tl.abs(x), SIGNED), 254.0).to(tl.int32)  # the entry, or the one before it
     if SIGNED:
         index = tl.where(x < 0, 126 - index, 127 + index)
     index = tl.minimum(tl.maximum(index, 0), 254)

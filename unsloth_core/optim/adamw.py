@@ -19,6 +19,7 @@ its ulp is lost: keep trained leaves in fp32 (adapters are) where that matters. 
 read back, and a captured CUDA graph stays right.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from ..tree import ABSENT
 from . import blockwise, multi_tensor
 from .blockwise import Blockwise
 from .clip import clip_factor, global_norm
+from .multi_tensor import Leaves
 from .schedule import Schedule, constant
 
 DTYPES = tuple(multi_tensor.KINDS)
@@ -113,60 +115,82 @@ def adamw(
         gs, grads_spec = tree.flatten(grads)
         if grads_spec != spec:  # there are holes
             gs = tree.broadcast(grads, params)
-        ms, vs = _states(state.m, ps, state_dtype), _states(state.v, ps, state_dtype)
-        _check_update(params, ps, gs, ms, vs, state_dtype)
+        eight = [_in_8_bits(p, state_dtype) for p in ps]
+        (m_flat, m_spec), (v_flat, v_spec) = tree.flatten(state.m), tree.flatten(state.v)
+        (m, m_absmax), (v, v_absmax) = _by_parameter(m_flat, eight), _by_parameter(v_flat, eight)
+        given = [i for i, g in enumerate(gs) if g is not ABSENT]
+        _check_update(params, given, (ps, gs, m, v, m_absmax, v_absmax), eight, state_dtype)
         if max_norm is not None and clip is not None:
             raise ValueError("adamw: clip was given and max_norm is set, expected only one of them")
 
-        stepped = [i for i, g in enumerate(gs) if g is not ABSENT and g.numel()]
+        stepped = [i for i in given if gs[i].numel()]
         if max_norm is not None and stepped:
             clip = clip_factor(global_norm([gs[i] for i in stepped]), max_norm)
         step = state.step.add_(1) if donate else state.step + 1
         coefficients = _coefficients(step, schedule(step - 1), betas, weight_decay, clip)
 
-        p_in, m_in, v_in = ([leaves[i] for i in stepped] for leaves in (ps, ms, vs))
-        g_in = [gs[i].contiguous() for i in stepped]
-        out = (p_in, m_in, v_in)
-        if not donate:
-            out = _like(p_in), _like(m_in), _like(v_in)
+        take = _taker(stepped, len(ps))
+        two = take(eight)
+        old = Leaves(take(ps), take(m), take(v), (take(m_absmax), take(v_absmax)) if any(two) else ())
+        new = old if donate else _like(old, two)
+        g_in = [g.contiguous() for g in take(gs)]
         if stepped and resolve(step) == "triton":
-            multi_tensor.adamw(p_in, g_in, m_in, v_in, out, coefficients, betas=betas, eps=eps)
+            multi_tensor.adamw(old, g_in, new, coefficients, betas=betas, eps=eps)
             if donate:  # autograd cannot see our kernel write; this makes a stale saved tensor an error
-                torch.autograd.graph.increment_version(tree.leaves(out))
+                torch.autograd.graph.increment_version([*old.p, *old.m, *old.v, *itertools.chain(*old.absmax)])
         else:
-            for p, g, m, v, *targets in zip(p_in, g_in, m_in, v_in, *out, strict=True):
-                new = _step(p, g, m, v, coefficients, betas, eps)
-                for target, value in zip(tree.leaves(targets), tree.leaves(new), strict=True):
-                    target.copy_(value)
+            _reference(old, g_in, new, two, coefficients, betas, eps)
         if donate:
             return params, state
-        for leaves, new in zip((ps, ms, vs), out, strict=True):
-            for i, t in zip(stepped, new, strict=True):
-                leaves[i] = t
-        p_tree = tree.unflatten(ps, spec)
-        m_tree, v_tree = (tree.unflatten(ts, spec) for ts in (ms, vs))
-        return p_tree, AdamWState(step=step, m=m_tree, v=v_tree)
+        for all_of_them, ones in (
+            (ps, new.p), (m, new.m), (v, new.v), *zip((m_absmax, v_absmax), new.absmax, strict=False)
+        ):  # fmt: skip
+            for i, t in zip(stepped, ones, strict=True):
+                all_of_them[i] = t
+        m_tree = tree.unflatten(_flat(m, m_absmax, eight), m_spec)
+        v_tree = tree.unflatten(_flat(v, v_absmax, eight), v_spec)
+        return tree.unflatten(ps, spec), AdamWState(step=step, m=m_tree, v=v_tree)
 
     return Optimizer(init, update)
 
 
-def _like(leaves: list[Any]) -> list[Any]:
-    return tree.map(torch.empty_like, leaves)
+def _taker(chosen: list[int], of: int) -> Callable[[list[Any]], list[Any]]:
+    """``list -> its chosen entries``; the list itself if that is all ``of`` them."""
+    return (lambda ts: ts) if len(chosen) == of else (lambda ts: [ts[i] for i in chosen])
+
+
+def _like(leaves: Leaves, eight: list[bool]) -> Leaves:
+    """Memory for what a step writes."""
+    p, m, v = ([torch.empty_like(t) for t in ts] for ts in (leaves.p, leaves.m, leaves.v))
+    absmax = [
+        [torch.empty_like(a) if two else t for a, t, two in zip(most, ts, eight, strict=True)]
+        for most, ts in zip(leaves.absmax, (m, v), strict=False)
+    ]
+    return Leaves(p, m, v, tuple(absmax))
 
 
 def _in_8_bits(p: Tensor, state_dtype: torch.dtype | str) -> bool:
     return state_dtype == "8bit" and p.numel() >= blockwise.LEAST
 
 
-def _states(states: Any, ps: list[Tensor], state_dtype: torch.dtype | str) -> list[Any]:
-    """m or v of every parameter: a tensor or a Blockwise."""
-    leaves = tree.leaves(states)
-    eight = [_in_8_bits(p, state_dtype) for p in ps]
-    if len(leaves) != len(ps) + sum(eight):
-        expected = f"{len(ps) + sum(eight)}, one per parameter and two where it is in 8 bits"
-        raise ValueError(f"adamw: the state has {len(leaves)} leaves, expected {expected}")
-    each = iter(leaves)
-    return [Blockwise(codes=next(each), absmax=next(each)) if two else next(each) for two in eight]
+def _by_parameter(flat: list[Any], eight: list[bool]) -> tuple[list[Any], list[Any]]:
+    """The leaves of m or v as two lists with an entry per parameter: codes and absmax, or a tensor twice."""
+    if len(flat) != len(eight) + sum(eight):
+        expected = f"{len(eight) + sum(eight)}, one per parameter and two where it is in 8 bits"
+        raise ValueError(f"adamw: the state has {len(flat)} leaves, expected {expected}")
+    if all(eight):
+        return flat[::2], flat[1::2]
+    if not any(eight):
+        return flat, flat
+    ends = list(itertools.accumulate(2 if two else 1 for two in eight))
+    return [flat[end - 1 - two] for end, two in zip(ends, eight, strict=True)], [flat[end - 1] for end in ends]
+
+
+def _flat(ts: list[Any], absmax: list[Any], eight: list[bool]) -> list[Any]:
+    """The inverse."""
+    if not any(eight):
+        return ts
+    return [leaf for t, most, two in zip(ts, absmax, eight, strict=True) for leaf in ((t, most) if two else (t,))]
 
 
 def _coefficients(
@@ -179,25 +203,34 @@ def _coefficients(
     return torch.stack(scalars).float()
 
 
-def _step(
-    p: Tensor, g: Tensor, m: Any, v: Any, coefficients: Tensor, betas: tuple[float, float], eps: float
-) -> tuple[Tensor, Any, Any]:
-    """The reference: one leaf in plain PyTorch, operation by operation as in ``torch.optim.AdamW``."""
+def _reference(
+    old: Leaves, grads: list[Tensor], new: Leaves, eight: list[bool],
+    coefficients: Tensor, betas: tuple[float, float], eps: float,
+) -> None:  # fmt: skip
+    """What :func:`multi_tensor.adamw` does, in plain PyTorch, operation by operation as in ``torch.optim.AdamW``."""
     decay, rate, root_correction, clip = coefficients.unbind()
-    eight = isinstance(m, Blockwise)
-    m_old = blockwise.decode(m, signed=True) if eight else m.float()
-    v_old = blockwise.decode(v, signed=False) if eight else v
-    g = g.float() * clip
-    m_new = m_old.lerp(g, 1 - betas[0])
-    v_new = (v_old * betas[1]).addcmul(g, g, value=1 - betas[1])
-    denominator = v_new.sqrt() / root_correction + eps
-    p_new = (p.float() * decay).addcdiv(m_new * -rate, denominator)
-    if not eight:
-        return p_new, m_new, v_new
-    finite = m_new.isfinite() & v_new.isfinite()
-    m_new, v_new = torch.where(finite, m_new, m_old), torch.where(finite, v_new, v_old)
-    p_new = torch.where(finite, p_new, p.float())
-    return p_new, blockwise.encode(m_new, signed=True), blockwise.encode(v_new, signed=False)
+    for i, (p, g, m, v, two) in enumerate(zip(old.p, grads, old.m, old.v, eight, strict=True)):
+        if two:
+            m_absmax, v_absmax = (absmax[i] for absmax in old.absmax)
+            m = blockwise.decode(Blockwise(codes=m, absmax=m_absmax), signed=True)
+            v = blockwise.decode(Blockwise(codes=v, absmax=v_absmax), signed=False)
+        g = g.float() * clip
+        m_new = m.float().lerp(g, 1 - betas[0])
+        v_new = (v * betas[1]).addcmul(g, g, value=1 - betas[1])
+        denominator = v_new.sqrt() / root_correction + eps
+        p_new = (p.float() * decay).addcdiv(m_new * -rate, denominator)
+        if two:
+            finite = m_new.isfinite() & v_new.isfinite()
+            new.p[i].copy_(torch.where(finite, p_new, p.float()))
+            m = blockwise.encode(torch.where(finite, m_new, m), signed=True)
+            v = blockwise.encode(torch.where(finite, v_new, v), signed=False)
+            m_new, v_new = m.codes, v.codes
+            for target, absmax in zip(new.absmax, (m.absmax, v.absmax), strict=True):
+                target[i].copy_(absmax)
+        else:
+            new.p[i].copy_(p_new)
+        new.m[i].copy_(m_new)
+        new.v[i].copy_(v_new)
 
 
 def _check_options(
@@ -222,25 +255,38 @@ def _check_parameter(path: str, p: Any) -> None:
 
 
 def _check_update(
-    params: Any, ps: list[Any], gs: list[Any], ms: list[Any], vs: list[Any], state_dtype: torch.dtype | str
+    params: Any, given: list[int], columns: tuple[list[Any], ...], eight: list[bool], state_dtype: torch.dtype | str
 ) -> None:
+    """Compared list by list, for there are hundreds of parameters; what is wrong is looked for when something is."""
+    take = _taker(given, len(eight))
+    ps, gs, m, v, m_absmax, v_absmax = map(take, columns)
+    two = take(eight)
+    if not given:
+        return
+    device, yes = columns[0][0].device, [True] * len(ps)
     first = torch.bfloat16 if state_dtype == torch.bfloat16 else torch.float32
-    for i, (p, g, m, v) in enumerate(zip(ps, gs, ms, vs, strict=True)):
-        if g is ABSENT:
-            continue
-        m_dtype, v_dtype = first, torch.float32
-        if isinstance(m, Blockwise):
-            m_dtype = v_dtype = torch.uint8
-            blocks = -(-p.numel() // blockwise.BLOCK)
-            fits = all(s.absmax.shape == (blocks,) and s.absmax.dtype == torch.float32 for s in (m, v))
-            m, v = (m.codes, v.codes) if fits else (m.absmax, v.absmax)
-        same = g.shape == p.shape == m.shape == v.shape and g.device == p.device == m.device == v.device == ps[0].device
-        types = g.dtype in DTYPES and p.dtype in DTYPES and m.dtype == m_dtype and v.dtype == v_dtype
-        if not (same and types and p.is_contiguous()):
-            path = tree.items(params)[i][0]
-            _check_parameter(path, p)
-            raise ValueError(
-                f"adamw: gradient of {path!r} is {g.dtype} {tuple(g.shape)} on {g.device}, its state {m.dtype} "
-                f"{tuple(m.shape)} on {m.device}, expected {tuple(p.shape)} on {ps[0].device}, a gradient of {DTYPES}, "
-                f"a state as state_dtype = {state_dtype} makes it"
-            )
+    shapes = [p.shape for p in ps]
+    facts = [([p.dtype in DTYPES for p in ps], yes), ([g.dtype in DTYPES for g in gs], yes)]
+    facts += [([p.is_contiguous() for p in ps], yes), ([p.device == device for p in ps], yes)]
+    for ts in (gs, m, v):
+        facts += [([t.shape for t in ts], shapes), ([t.device == device for t in ts], yes)]
+    for ts, dtype in ((m, first), (v, torch.float32)):
+        facts.append(([t.dtype for t in ts], [torch.uint8 if byte else dtype for byte in two]))
+    if any(two):
+        blocks = [(-(-p.numel() // blockwise.BLOCK),) if byte else p.shape for p, byte in zip(ps, two, strict=True)]
+        for ts, dtype in ((m_absmax, first), (v_absmax, torch.float32)):
+            facts += [([t.shape for t in ts], blocks), ([t.dtype for t in ts], [dtype] * len(ts))]
+    bad = [i for got, wanted in facts if got != wanted for i in range(len(ps)) if got[i] != wanted[i]]
+    if not bad:
+        return
+    i = min(bad)
+    p, g, m, v = ps[i], gs[i], m[i], v[i]
+    if two[i] and m.dtype == v.dtype == torch.uint8 and m.shape == v.shape == p.shape:
+        m, v = m_absmax[i], v_absmax[i]
+    path = tree.items(params)[given[i]][0]
+    _check_parameter(path, p)
+    raise ValueError(
+        f"adamw: gradient of {path!r} is {g.dtype} {tuple(g.shape)} on {g.device}, its state {m.dtype} "
+        f"{tuple(m.shape)} on {m.device}, expected {tuple(p.shape)} on {device}, a gradient of {DTYPES}, "
+        f"a state as state_dtype = {state_dtype} makes it"
+    )

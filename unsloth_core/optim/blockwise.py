@@ -16,6 +16,7 @@ from ..ops.dynamic_map import dynamic_map
 BLOCK = 256
 LEAST = 4096  # a smaller leaf stays in fp32, as in bitsandbytes: there is nothing to save
 ZERO = 127  # the signed map's entry that is 0; the unsigned map's is 0
+LEAST_ABSMAX = 2.0**-126  # what is scaled is divided by at least this: the reciprocal stays finite
 
 
 @tree.pytree
@@ -48,7 +49,7 @@ def encode(t: Tensor, *, signed: bool) -> Blockwise:
     n = t.numel()
     blocks = torch.nn.functional.pad(t.reshape(-1), (0, -n % BLOCK)).view(-1, BLOCK)
     absmax = blocks.abs().amax(1)
-    scaled = blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]
+    scaled = blocks * (1.0 / absmax.clamp(min=LEAST_ABSMAX))[:, None]
     codes = torch.bucketize(scaled, midpoints, out_int32=True)
     codes = torch.where(blocks < 0, codes.clamp(max=ZERO - 1), codes) if signed else codes.maximum((blocks > 0).int())
     return Blockwise(codes=codes.to(torch.uint8).view(-1)[:n].view(t.shape), absmax=absmax)
