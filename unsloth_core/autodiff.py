@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backend, tracing, tree
+from . import backend, prepared, tracing, tree
 from .device import beyond_arguments, is_fake
 from .segments import Segments
 from .tree import ABSENT, Tree
@@ -286,7 +286,7 @@ class Op(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         """Gradients of the leaves."""
         # Only ``create_graph=True`` has gradients enabled here; nodes that raise are made for nobody else.
-        return (_once if torch.is_grad_enabled() else Op._backward)(ctx, *cotangents)
+        return _once(ctx, *cotangents) if torch.is_grad_enabled() else Op._backward(ctx, *cotangents)
 
     @staticmethod
     def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
@@ -445,7 +445,8 @@ def remembering(memo: Memo | None) -> Iterator[None]:
     """``memo`` is what :func:`once` looks into."""
     token = current_memo.set(memo)
     try:
-        yield
+        with prepared.apart(memo is not None):
+            yield
     finally:
         current_memo.reset(token)
 
@@ -455,10 +456,10 @@ def once(of: Tensor, make: Callable[[], Tensor], *, again: bool) -> Tensor:
 
     For what forward and backward of an op both read: a decoded NF4 weight. ``again``: whether the op's backward will
     ask once more, after this; what nobody asks for any more is forgotten, as everything is with the layer."""
-    beyond_arguments()  # whether it is made depends on the calls before
     memo = current_memo.get()
     if memo is None:
         return _made(make)
+    beyond_arguments()  # whether it is made depends on the calls before
     key = (of.untyped_storage()._cdata, int(of.storage_offset()))
     value = memo.made.pop(key, None)
     if value is None:
@@ -477,6 +478,7 @@ def _made(make: Callable[[], Tensor]) -> Tensor:
 def tell(phase: str, op: str, *what: Any) -> None:
     """Whoever is :func:`listening`."""
     if (listener := _listener.get()) is not None:
+        beyond_arguments()
         listener(phase, op, "", what, {}, ())
 
 
@@ -489,6 +491,7 @@ def listening(hear: Callable[[str, str, str, Any, dict[str, Any], Tree], None]) 
     sends) and "end" ends it. For planning and for counting, not for changing anything."""
     token = _listener.set(hear)
     try:
-        yield
+        with prepared.apart(True):
+            yield
     finally:
         _listener.reset(token)

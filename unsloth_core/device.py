@@ -186,6 +186,7 @@ def straight(index: int) -> bool:
 
 # PyTorch's own, without asking whether CUDA has begun: an argument is there already.
 _current: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0)
 
 
 LASTING: dict[int, Tensor] = {}
@@ -211,11 +212,6 @@ class Descriptor(NamedTuple):
 
 
 STREAM = object()  # stands for the current stream
-
-
-def stream(index: int) -> int:
-    """The current stream of a device."""
-    return torch._C._cuda_getCurrentRawStream(index)
 
 
 def again(step: Launch) -> tuple[Callable[..., None], tuple[Any, ...]]:

@@ -6,10 +6,12 @@ dtypes, device and alignment of its arguments. So checks, launch tables and the 
 same again, at every step of training. Of a function under :func:`prepared` the second call with such a *kind* of
 arguments is watched, and what it did is written down as a Python function of its tensors, such as
 
-    def again(a0, a1):
-        n0 = empty_strided((8, 64), (64, 1), dtype=bfloat16, device=cuda0)
-        run1(1, 1, 1, stream(0), kernel1, ..., a0.data_ptr(), a1.data_ptr(), n0.data_ptr(), 8, 64)
-        return n0
+    def again(a0, a1, at_a0, at_a1):
+        stream = current_stream(0)
+        n2 = empty_strided((8, 64), (64, 1), dtype=bfloat16, device=cuda0)
+        at_n2 = n2.data_ptr()
+        run3(1, 1, 1, stream, kernel4, ..., at_a0, at_a1, at_n2, 8, 64)
+        return n2
 
 From the third call on that runs instead. It is what a CUDA graph is for a stream, made for the host alone: addresses
 are those of the call, memory is allocated anew, and streams, captures, autograd and the allocator see what they would
@@ -18,8 +20,11 @@ cannot be prepared runs as ever: operators of PyTorch whose result is a number o
 what is neither an argument nor new nor :func:`device.lasting`; arguments that are fake or of a subclass. What this
 saves is in perf/LOG.md."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -28,16 +33,18 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import device, tree
-from .tree import Tree
+from .tree import ABSENT, Tree
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _KINDS_KEPT = 4096  # per function; a run of a model has a few
+_SMALL, _ALIGNED = 2**19, 512  # bytes: what PyTorch's allocator has a pool of its own for, and where its blocks begin
 _SEEN, _NEVER = object(), object()
+_apart: ContextVar[bool] = ContextVar("unsloth_core_apart", default=False)
 _known: list[dict[Any, Any]] = []  # of each function, by kind: a _Prepared, _SEEN or _NEVER
 
 
 class _Prepared:
-    """What one kind of call does: ``again(*tensors)``, on the device with this index."""
+    """What one kind of call does: ``again(*tensors, *their addresses)``, on the device with this index."""
 
     __slots__ = ("again", "index")
 
@@ -46,17 +53,18 @@ class _Prepared:
 
 
 def prepared(f: _F) -> _F:
-    """``f(*args, needs, **statics)``, forward or backward of an op, with all that is said at the head of this file.
+    """``f(*args, needs, **statics)``, forward or backward of an op (another function has no ``needs``), with all that
+    is said at the head of this file.
 
     ``f`` may depend on nothing but what is said there; statics must be hashable. The result has ``leafwise``, for
     callers who have the leaves in their hands and want others: see :func:`_leafwise`."""
     leafwise = _leafwise()
 
     def plain(args: Any, needs: Any, statics: dict[str, Any]) -> Any:
-        return f(*args, needs=needs, **statics)
+        return f(*args, **statics) if needs is ABSENT else f(*args, needs=needs, **statics)
 
     @functools.wraps(f)
-    def call(*args: Any, needs: Any, **statics: Any) -> Any:
+    def call(*args: Any, needs: Any = ABSENT, **statics: Any) -> Any:
         leaves, spec = tree.flatten(args)
         wanted, form = tree.flatten(needs)
         return leafwise(leaves, (spec, *wanted, form, *statics.items()), plain, args, needs, statics)
@@ -74,7 +82,7 @@ def _leafwise() -> Callable[..., Any]:
     _known.append(kinds)
 
     def leafwise(leaves: Sequence[Any], identity: tuple[Any, ...], plain: Callable[..., Any], *about: Any) -> Any:
-        kind = [*identity]
+        kind = [_apart.get(), *identity]
         addresses = []
         for t in leaves:
             if t.__class__ is not Tensor and t.__class__ is not Parameter:
@@ -87,19 +95,30 @@ def _leafwise() -> Callable[..., Any]:
         key = tuple(kind)
         found: Any = kinds.get(key)
         if found.__class__ is _Prepared and device.straight(found.index):
-            return found.again(*leaves)
+            return found.again(*leaves, *addresses)
         if device.noted() is not None:  # somebody else is watching
             return plain(*about)
         if found is _SEEN:
             result, kinds[key] = _watched(leaves, plain, about)
             return result
-        if found is None and 0 not in addresses and any(device.launches(t) for t in leaves):
+        if found is None and 0 not in addresses and all(device.launches(t) for t in leaves):
             if len(kinds) >= _KINDS_KEPT:
                 kinds.clear()
             kinds[key] = _SEEN
         return plain(*about)
 
     return leafwise
+
+
+@contextlib.contextmanager
+def apart(yes: bool) -> Iterator[None]:
+    """Where functions may depend on more than arguments, and say so (:func:`device.beyond_arguments`): calls inside are
+    of other kinds than those outside."""
+    token = _apart.set(yes)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
 
 
 def forget() -> None:
@@ -162,11 +181,13 @@ class _Writer:
         self.names: dict[int, str] = {}  # what tensors are called, by identity
         self.roots: dict[int, list[Tensor]] = {}  # arguments and new tensors, by their memory
         self.new: set[int] = set()  # memory that came into being here
-        self.lines: list[str] = []
-        self.values: dict[str, Any] = {"empty_strided": torch.empty_strided}
-        for i, t in enumerate(leaves):
-            self._call(t, f"a{i}")
-        self.head = f"def again({', '.join(f'a{i}' for i in range(len(leaves)))}):"
+        self.scratch: dict[str, tuple[int, Tensor]] = {}  # what nobody has seen but kernels so far: its line, itself
+        self.lines: list[list[str]] = []  # of each step
+        self.values: dict[str, Any] = {"empty_strided": torch.empty_strided, "current_stream": device.current_stream}
+        names = [f"a{i}" for i in range(len(leaves))]
+        for t, name in zip(leaves, names, strict=True):
+            self._call(t, name)
+        self.head = f"def again({', '.join([*names, *[f'at_{name}' for name in names]])}):"
 
     def add(self, step: Any) -> None:
         """One step of what was noted."""
@@ -180,8 +201,24 @@ class _Writer:
     def finish(self, result: Any) -> Callable[..., Any]:
         """The function, which returns what ``result`` is."""
         returned = self._result(result)  # which may add lines
-        exec("\n    ".join([self.head, *self.lines, f"return {returned}"]), self.values)  # nothing but what is here
+        self._share()
+        stream = f"stream = current_stream({self.index})"
+        lines = [self.head, stream, *itertools.chain(*self.lines), f"return {returned}"]
+        exec("\n    ".join(lines), self.values)  # nothing but what is here
         return self.values["again"]
+
+    def _share(self) -> None:
+        """One allocation for all that is small and seen by kernels alone."""
+        small = [(name, *of) for name, of in self.scratch.items() if 0 < of[1].nbytes <= _SMALL]
+        if len(small) < 2:
+            return
+        size = 0
+        for name, line, t in small:
+            self.lines[line] = [f"at_{name} = shared + {size}"]
+            size += -(-t.nbytes // _ALIGNED) * _ALIGNED
+        form = f"dtype={self._value(torch.uint8, 'c')}, device={self._value(small[0][2].device, 'c')}"
+        shared = [f"memory = empty_strided(({size},), (1,), {form})", "shared = memory.data_ptr()"]
+        self.lines[small[0][1]][:0] = shared
 
     def _call(self, t: Tensor, name: str) -> None:
         self.held.append(t)
@@ -191,56 +228,57 @@ class _Writer:
 
     def _add_launch(self, step: device.Launch) -> None:
         function, words = device.again(step)
-        self.lines.append(f"{self._value(function, 'run')}({', '.join(self._word(word) for word in words)})")
+        self.lines.append([f"{self._value(function, 'run')}({', '.join(self._word(word) for word in words)})"])
 
     def _word(self, word: Any) -> str:
         """An argument of a launch. Kernels do not see shapes: a tensor is its address, if ``device.again`` says so."""
         if isinstance(word, device.Address):
-            at, distance = self._root(word.of)
-            return f"{at}.data_ptr()" + (f" + {distance}" if distance else "")
+            if id(word.of) in device.LASTING:
+                return repr(word.of.data_ptr())
+            root, distance = self._root(word.of)
+            return f"at_{self.names[id(root)]}" + (f" + {distance}" if distance else "")
         if isinstance(word, device.Descriptor):
             return f"{self._value(word.again, 'descriptor')}({self._tensor(word.of)})"
         if isinstance(word, Tensor):
-            if id(word) in self.names:
-                return self.names[id(word)]
-            at, distance = self._root(word)
+            if id(word) in self.names or id(word) in device.LASTING:
+                return self._tensor(word)
+            root, distance = self._root(word)
             form = distance, word.dtype, word.shape, word.stride()
-            return f"{self._value(functools.partial(_seen_as, *form), 'view')}({at})"
+            return f"{self._value(functools.partial(_seen_as, *form), 'view')}({self._tensor(root)})"
         if word is device.STREAM:
-            return f"{self._value(device.stream, 'stream')}({self.index})"
+            return "stream"
         if word.__class__ is tuple:
             return f"({''.join(self._word(part) + ', ' for part in word)})"
         return self._value(word, "c")
 
-    def _root(self, t: Tensor) -> tuple[str, int]:
-        """The name of an argument or new tensor in whose memory ``t`` lies, and how many bytes behind its begin."""
-        if id(t) in device.LASTING:
-            return self._value(t, "lasting"), 0
+    def _root(self, t: Tensor) -> tuple[Tensor, int]:
+        """The argument or new tensor in whose memory ``t`` lies, and how many bytes behind its begin."""
         known = self.roots.get(t.untyped_storage()._cdata, [])
         for root in known:
             if root.data_ptr() == t.data_ptr():
-                return self.names[id(root)], 0
+                return root, 0
         if len(known) != 1:  # in the memory of which of them?
             raise KeyError(t)
-        return self.names[id(known[0])], t.data_ptr() - known[0].data_ptr()
+        return known[0], t.data_ptr() - known[0].data_ptr()
 
     def _tensor(self, t: Tensor) -> str:
         """A tensor as PyTorch sees it."""
-        if id(t) in self.names:
-            return self.names[id(t)]
         if id(t) in device.LASTING:
             return self._value(t, "lasting")
-        at, distance = self._root(t)
-        root = next(r for r in self.roots[t.untyped_storage()._cdata] if self.names[id(r)] == at)
+        if id(t) in self.names:
+            self.scratch.pop(self.names[id(t)], None)
+            return self.names[id(t)]
+        root, distance = self._root(t)
         if t.dtype != root.dtype:
             raise KeyError(t)
+        of = self._tensor(root)
         self.held.append(t)
-        self.names[id(t)] = name = f"v{len(self.names)}"
         if (t.shape, t.stride(), distance) == (root.shape, root.stride(), 0):  # another object for the same
-            self.names[id(t)] = at
-            return at
-        offset = f", {at}.storage_offset() + {distance // t.itemsize}" if distance else ""
-        self.lines.append(f"{name} = {at}.as_strided({(*t.shape,)}, {t.stride()}{offset})")
+            self.names[id(t)] = of
+            return of
+        self.names[id(t)] = name = f"v{len(self.names)}"
+        offset = f", {of}.storage_offset() + {distance // t.itemsize}" if distance else ""
+        self.lines.append([f"{name} = {of}.as_strided({(*t.shape,)}, {t.stride()}{offset})"])
         return name
 
     def _add_operator(self, func: Any, args: Any, keywords: Any, out: Any) -> None:
@@ -254,18 +292,21 @@ class _Writer:
         fresh = [id(t) not in self.names for t in outs]
         names = [f"n{len(self.names) + i}" if new else "_" for i, new in enumerate(fresh)]
         target = ", ".join(names) + ("," if isinstance(out, tuple | list) else "")
-        self.lines.append(f"{target} = {called}" if any(fresh) else called)
+        self.lines.append([f"{target} = {called}" if any(fresh) else called])
         for t, name, new in zip(outs, names, fresh, strict=True):
             if new:
+                self.lines[-1].append(f"at_{name} = {name}.data_ptr()")
                 self.new.add(t.untyped_storage()._cdata)
                 self._call(t, name)
 
     def _add_new(self, make: Any, t: Tensor) -> None:
         name, form = f"n{len(self.names)}", f"dtype={self._value(t.dtype, 'c')}, device={self._value(t.device, 'c')}"
         if make is torch.empty:  # which takes longer
-            self.lines.append(f"{name} = empty_strided({(*t.shape,)}, {t.stride()}, {form})")
+            made = f"empty_strided({(*t.shape,)}, {t.stride()}, {form})"
+            self.scratch[name] = len(self.lines), t
         else:
-            self.lines.append(f"{name} = {self._value(make, 'make')}({(*t.shape,)}, {form})")
+            made = f"{self._value(make, 'make')}({(*t.shape,)}, {form})"
+        self.lines.append([f"{name} = {made}", f"at_{name} = {name}.data_ptr()"])
         self.new.add(t.untyped_storage()._cdata)
         self._call(t, name)
 

@@ -47,6 +47,7 @@ from torch import Tensor
 from .. import device
 from ..autodiff import custom_vjp
 from ..cost import Cost
+from ..prepared import prepared
 from ..segments import Segments
 from ..tree import ABSENT, Tree
 from . import attention_decode, attention_hopper, attention_hopper_bwd
@@ -524,6 +525,7 @@ def _dq(
 # ---- the op
 
 
+@prepared
 def attention_fwd(
     q_NHK: Tensor,
     k_MGK: Tensor,
@@ -580,6 +582,7 @@ def attention_fwd(
     return out, (q_NHK, k_MGK, v_MGK, o, ABSENT if lse is None else lse, q_segments, kv_segments, sinks_H)
 
 
+@prepared
 def attention_bwd(
     residuals: Tree,
     dy: Tensor | tuple[Tensor, Tensor],

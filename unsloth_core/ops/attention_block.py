@@ -17,6 +17,7 @@ same bits in every run.
 Source of the idea: only attention mixes tokens, so a layer can run in chunks of queries.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,7 +128,7 @@ def _backward(
     start, end = _rows(q, k, start)
     q_segments, kv_segments = _cut(segments, start, end)
     dk_here, dv_here = (ABSENT if d is ABSENT else d[:end] for d in (dk, dv))
-    dq, _, _, _, _, dsinks = attention_bwd(
+    dq, _, _, _, _, dsinks = inspect.unwrap(attention_bwd)(  # not prepared: it gets buffers among its options
         (q, k[:end], v[:end], o, lse, q_segments, kv_segments, sinks), dy,
         needs=(*needs[:3], needs[3], needs[3], *needs[4:]), add=True,
         into=(ABSENT, dk_here, dv_here), **statics,

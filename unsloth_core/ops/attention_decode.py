@@ -29,6 +29,7 @@ from torch import Tensor
 from .. import device
 from ..autodiff import custom_vjp
 from ..cost import Cost
+from ..prepared import prepared
 from ..segments import Segments
 from ..tree import ABSENT, Tree
 from .attention_tiles import LN2, LOG2E, LOWEST, check, factors, pieces, probability, scores
@@ -242,6 +243,7 @@ def takes(q_segments: Segments, group: int) -> bool:
     return device.next_power_of_2(max(q_segments.max_len, 1)) * device.next_power_of_2(group) <= ROWS
 
 
+@prepared
 def attention_decode_fwd(
     q_NHK: Tensor,
     k_MGK: Tensor,

@@ -184,6 +184,7 @@ def embedding_fwd(ids_N: Tensor, w_VD: Tensor | NF4, *, needs: Any, scale: float
     return x_ND, (ids_N, w_VD) if needs[1] else (ABSENT, ABSENT)
 
 
+@prepared
 def embedding_bwd(residuals: Any, dx: Tensor, *, needs: Any, scale: float = 1.0) -> tuple[Any, Any]:
     """dx (N, D) of any strides -> (ABSENT, dw (V, D))."""
     if not tree.any(needs[1]):

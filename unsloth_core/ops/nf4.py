@@ -21,6 +21,7 @@ Limits: contiguous tensors; block sizes that are powers of two from 32 to 4096.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from .. import backend, device
 from ..cost import Cost
+from ..prepared import prepared
 from ..tree import ABSENT
 from ..weights import NF4, Nested
 from .checks import check_device, check_dtype
@@ -135,11 +137,17 @@ def dequantize(w: NF4, *, out: Tensor | None = None) -> Tensor:
 
     Raises ValueError when the tensors of ``w`` do not fit its shape or lie on different devices.
     """
+    if backend.resolve(w.codes) == "triton":
+        return _dequantize(w, ABSENT if out is None else out)
     check("dequantize", w)
-    if backend.resolve(w.codes) == "reference":
-        dense = backend.reference("nf4.dequantize")(w)
-        return dense if out is None else out.copy_(dense)
-    if out is None:
+    dense = backend.reference("nf4.dequantize")(w)
+    return dense if out is None else out.copy_(dense)
+
+
+@prepared
+def _dequantize(w: NF4, out: Tensor | Any) -> Tensor:
+    check("dequantize", w)
+    if out is ABSENT:
         out = torch.empty(w.shape, dtype=w.dtype, device=w.codes.device)
     elif out.shape != w.shape or out.dtype != w.dtype or not out.is_contiguous():
         raise ValueError(
@@ -219,13 +227,23 @@ def quantize(t_MC: Tensor, *, double_quant: bool = True, block: int = 64) -> NF4
     reciprocal, as bitsandbytes' CUDA backend does.
     Raises ValueError for another shape, dtype or block size.
     """
+    if backend.resolve(t_MC) == "triton":
+        return _quantize(t_MC, double_quant=double_quant, block=block)
+    _check_quantize(t_MC, block)
+    return backend.reference("nf4.quantize")(t_MC, double_quant=double_quant, block=block)
+
+
+def _check_quantize(t_MC: Tensor, block: int) -> None:
     if t_MC.ndim != 2:
         raise ValueError(f"quantize: t has shape {tuple(t_MC.shape)}, expected (M, C)")
     check_dtype("quantize", "t", t_MC)
     if block not in BLOCKS:
         raise ValueError(f"quantize: block = {block}, expected one of {BLOCKS}")
-    if backend.resolve(t_MC) == "reference":
-        return backend.reference("nf4.quantize")(t_MC, double_quant=double_quant, block=block)
+
+
+@prepared
+def _quantize(t_MC: Tensor, *, double_quant: bool, block: int) -> NF4:
+    _check_quantize(t_MC, block)
     where, elements = t_MC.device, t_MC.numel()
     blocks = device.cdiv(elements, block)
     absmax = torch.empty(blocks, dtype=torch.float32, device=where)
@@ -263,14 +281,14 @@ def cost(w: NF4) -> Cost:
 @functools.cache
 def table(where: torch.device) -> Tensor:
     """The 16 entries, (16,) fp32."""
-    return torch.tensor(TABLE, dtype=torch.float32, device=where)
+    return device.lasting(torch.tensor(TABLE, dtype=torch.float32, device=where))
 
 
 @functools.cache
 def _midpoints(where: torch.device) -> Tensor:
     """Between neighbours of the table, (15,) fp32, rounded there."""
     entries = torch.tensor(TABLE, dtype=torch.float32)
-    return ((entries[:-1] + entries[1:]) / 2).to(where)
+    return device.lasting(((entries[:-1] + entries[1:]) / 2).to(where))
 
 
 def check(op: str, w: NF4) -> None:

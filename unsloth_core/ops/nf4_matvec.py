@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .. import backend, device, tree
 from ..cost import Cost
+from ..prepared import prepared
 from ..tree import ABSENT
 from ..weights import NF4
 from . import nf4
@@ -249,12 +250,19 @@ def nf4_matvec(
     Raises ValueError for shapes, dtypes, devices or strides that do not fit (:func:`takes` tells), NotImplementedError
     if a gradient is wanted.
     """
-    _check(x_NC, w, bias, add, out)
-    if torch.is_grad_enabled() and tree.any(tree.map(lambda t: t.requires_grad, (x_NC, w, bias, add))):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tree.leaves((x_NC, w, bias, add))):
         raise NotImplementedError("nf4_matvec: has no gradient; use linear")
-    if backend.resolve(x_NC) == "reference":
-        y = backend.reference("nf4_matvec")(x_NC, w, bias, add, dtype=x_NC.dtype if out is None else out.dtype)
-        return y if out is None else out.copy_(y)
+    if backend.resolve(x_NC) == "triton":
+        return _matvec(x_NC, w, bias, add, ABSENT if out is None else out, config=config)
+    _check(x_NC, w, bias, add, out)
+    y = backend.reference("nf4_matvec")(x_NC, w, bias, add, dtype=x_NC.dtype if out is None else out.dtype)
+    return y if out is None else out.copy_(y)
+
+
+@prepared
+def _matvec(x_NC: Tensor, w: NF4, bias: Any, add: Any, out: Any, *, config: Config | None) -> Tensor:
+    out = None if out is ABSENT else out
+    _check(x_NC, w, bias, add, out)
     (n, c), m, where = x_NC.shape, w.shape[0], x_NC.device
     rows, warps, chunks, splits = config or configuration(n, m, c, x_NC.dtype, where)
     if c % 64 or w.block < 64:
