@@ -144,7 +144,10 @@ def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
     """``node -> (node.a, node.b, ...)`` in one C call; attrgetter of one name gives no tuple, of none is refused."""
     if len(names) > 1:
         return operator.attrgetter(*names)
-    return lambda node: tuple(getattr(node, name) for name in names)
+    if not names:
+        return lambda _: ()
+    one = operator.attrgetter(*names)
+    return lambda node: (one(node),)
 
 
 # Structures of tuples of leaves and holes, by the types of their members: what the arguments of most ops are.
