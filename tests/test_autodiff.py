@@ -84,7 +84,7 @@ MISFITS = {
     "rms_norm: w is NoneType, expected Tensor": (ops.rms_norm, X, None),
     "rms_norm: w is ABSENT, expected Tensor": (ops.rms_norm, X, ABSENT),
     "rms_norm: add is LoRA, expected Tensor or ABSENT": (ops.rms_norm, X, X[0], NODE),
-    "embedding: w_VD is LoRA, expected Tensor": (ops.embedding, X[0].long(), NODE),
+    "embedding: w_VD is LoRA, expected Tensor or NF4": (ops.embedding, X[0].long(), NODE),
     "linear: w is LoRA, expected Tensor or NF4 or Stacked or Adapted": (ops.linear, X, NODE),
     "linear: w.parts.0 is NoneType, expected Tensor or ABSENT": (
         ops.linear,

@@ -153,6 +153,24 @@ def test_operators_of_pytorch_are_called_again(uses):
     assert len(uses) == 2
 
 
+def test_large_memory_is_given_back_as_early_as_can_be(monkeypatch):
+    """Where the function may have let go of it; small scratch shares one allocation until the end."""
+
+    def chain(x, *, needs):
+        for _ in range(3):
+            x = torch.cat([x, x]).mul(0.5).view(-1)[: x.numel()].sin()
+        return x, ()
+
+    finish, steps = prepared._Writer.finish, []
+    monkeypatch.setattr(prepared._Writer, "finish", lambda w, result: (finish(w, result), steps.extend(w.steps))[0])
+    f = prepared.prepared(chain)
+    for _ in range(3):
+        x = rand(2**18)
+        assert torch.equal(f(x, needs=())[0], chain(x, needs=())[0])
+    freed = [line for lines in steps for line in lines if line.startswith("del ")]
+    assert len(freed) == 8 and len(steps) == 10, "of nine tensors all but the last"
+
+
 @pytest.mark.parametrize("then", [lambda out: out.sum().item(), lambda out: out.nonzero()])
 def test_what_depends_on_numbers_is_never_prepared(then, uses):
     f = prepared.prepared(halves)

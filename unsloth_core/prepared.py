@@ -181,8 +181,10 @@ class _Writer:
         self.names: dict[int, str] = {}  # what tensors are called, by identity
         self.roots: dict[int, list[Tensor]] = {}  # arguments and new tensors, by their memory
         self.new: set[int] = set()  # memory that came into being here
-        self.scratch: dict[str, tuple[int, Tensor]] = {}  # what nobody has seen but kernels so far: its line, itself
-        self.lines: list[list[str]] = []  # of each step
+        self.steps: list[list[str]] = []  # lines
+        self.scratch: dict[str, tuple[int, Tensor]] = {}  # what only kernels have seen so far: the step that made it
+        self.large: dict[str, list[str]] = {}  # new tensors whose memory is to be given back early, and views of them
+        self.last: dict[str, int] = {}  # the step that needed one last
         self.values: dict[str, Any] = {"empty_strided": torch.empty_strided, "current_stream": device.current_stream}
         names = [f"a{i}" for i in range(len(leaves))]
         for t, name in zip(leaves, names, strict=True):
@@ -193,6 +195,7 @@ class _Writer:
         """One step of what was noted."""
         if step is None:
             raise KeyError(step)
+        self.steps.append([])
         if isinstance(step, device.Launch):
             self._add_launch(step)
         else:
@@ -200,25 +203,28 @@ class _Writer:
 
     def finish(self, result: Any) -> Callable[..., Any]:
         """The function, which returns what ``result`` is."""
-        returned = self._result(result)  # which may add lines
+        self.steps.append([])
+        self.steps[-1].append(f"return {self._result(result)}")
         self._share()
-        stream = f"stream = current_stream({self.index})"
-        lines = [self.head, stream, *itertools.chain(*self.lines), f"return {returned}"]
+        for name, also in self.large.items():
+            if self.last[name] < len(self.steps) - 1:
+                self.steps[self.last[name]].append(f"del {', '.join([name, *also])}")
+        lines = [self.head, f"stream = current_stream({self.index})", *itertools.chain(*self.steps)]
         exec("\n    ".join(lines), self.values)  # nothing but what is here
         return self.values["again"]
 
     def _share(self) -> None:
         """One allocation for all that is small and seen by kernels alone."""
-        small = [(name, *of) for name, of in self.scratch.items() if 0 < of[1].nbytes <= _SMALL]
+        small = [(name, *of) for name, of in self.scratch.items() if name not in self.large]
         if len(small) < 2:
             return
         size = 0
-        for name, line, t in small:
-            self.lines[line] = [f"at_{name} = shared + {size}"]
+        for name, step, t in small:
+            self.steps[step] = [f"at_{name} = shared + {size}"]
             size += -(-t.nbytes // _ALIGNED) * _ALIGNED
         form = f"dtype={self._value(torch.uint8, 'c')}, device={self._value(small[0][2].device, 'c')}"
         shared = [f"memory = empty_strided(({size},), (1,), {form})", "shared = memory.data_ptr()"]
-        self.lines[small[0][1]][:0] = shared
+        self.steps[small[0][1]][:0] = shared
 
     def _call(self, t: Tensor, name: str) -> None:
         self.held.append(t)
@@ -226,9 +232,16 @@ class _Writer:
             self.names[id(t)] = name
             self.roots.setdefault(t.untyped_storage()._cdata, []).append(t)
 
+    def _call_new(self, t: Tensor, name: str) -> None:
+        self._call(t, name)
+        self.new.add(t.untyped_storage()._cdata)
+        self.steps[-1].append(f"at_{name} = {name}.data_ptr()")
+        if t.nbytes > _SMALL:
+            self.large[name], self.last[name] = [], len(self.steps) - 1
+
     def _add_launch(self, step: device.Launch) -> None:
         function, words = device.again(step)
-        self.lines.append([f"{self._value(function, 'run')}({', '.join(self._word(word) for word in words)})"])
+        self.steps[-1].append(f"{self._value(function, 'run')}({', '.join(self._word(word) for word in words)})")
 
     def _word(self, word: Any) -> str:
         """An argument of a launch. Kernels do not see shapes: a tensor is its address, if ``device.again`` says so."""
@@ -254,31 +267,31 @@ class _Writer:
     def _root(self, t: Tensor) -> tuple[Tensor, int]:
         """The argument or new tensor in whose memory ``t`` lies, and how many bytes behind its begin."""
         known = self.roots.get(t.untyped_storage()._cdata, [])
-        for root in known:
-            if root.data_ptr() == t.data_ptr():
-                return root, 0
-        if len(known) != 1:  # in the memory of which of them?
+        at = [root for root in known if root.data_ptr() == t.data_ptr()] or known
+        if len(at) != 1 and at is known:  # in the memory of which of them?
             raise KeyError(t)
-        return known[0], t.data_ptr() - known[0].data_ptr()
+        self.last[self.names[id(at[0])]] = len(self.steps) - 1
+        return at[0], t.data_ptr() - at[0].data_ptr()
 
     def _tensor(self, t: Tensor) -> str:
         """A tensor as PyTorch sees it."""
         if id(t) in device.LASTING:
             return self._value(t, "lasting")
-        if id(t) in self.names:
-            self.scratch.pop(self.names[id(t)], None)
-            return self.names[id(t)]
         root, distance = self._root(t)
+        self.scratch.pop(self.names[id(root)], None)
+        if id(t) in self.names:
+            return self.names[id(t)]
         if t.dtype != root.dtype:
             raise KeyError(t)
-        of = self._tensor(root)
+        of = self.names[id(root)]
         self.held.append(t)
         if (t.shape, t.stride(), distance) == (root.shape, root.stride(), 0):  # another object for the same
             self.names[id(t)] = of
             return of
         self.names[id(t)] = name = f"v{len(self.names)}"
         offset = f", {of}.storage_offset() + {distance // t.itemsize}" if distance else ""
-        self.lines.append([f"{name} = {of}.as_strided({(*t.shape,)}, {t.stride()}{offset})"])
+        self.steps[-1].append(f"{name} = {of}.as_strided({(*t.shape,)}, {t.stride()}{offset})")
+        self.large.get(of, []).append(name)
         return name
 
     def _add_operator(self, func: Any, args: Any, keywords: Any, out: Any) -> None:
@@ -292,23 +305,20 @@ class _Writer:
         fresh = [id(t) not in self.names for t in outs]
         names = [f"n{len(self.names) + i}" if new else "_" for i, new in enumerate(fresh)]
         target = ", ".join(names) + ("," if isinstance(out, tuple | list) else "")
-        self.lines.append([f"{target} = {called}" if any(fresh) else called])
+        self.steps[-1].append(f"{target} = {called}" if any(fresh) else called)
         for t, name, new in zip(outs, names, fresh, strict=True):
             if new:
-                self.lines[-1].append(f"at_{name} = {name}.data_ptr()")
-                self.new.add(t.untyped_storage()._cdata)
-                self._call(t, name)
+                self._call_new(t, name)
 
     def _add_new(self, make: Any, t: Tensor) -> None:
         name, form = f"n{len(self.names)}", f"dtype={self._value(t.dtype, 'c')}, device={self._value(t.device, 'c')}"
         if make is torch.empty:  # which takes longer
             made = f"empty_strided({(*t.shape,)}, {t.stride()}, {form})"
-            self.scratch[name] = len(self.lines), t
+            self.scratch[name] = len(self.steps) - 1, t
         else:
             made = f"{self._value(make, 'make')}({(*t.shape,)}, {form})"
-        self.lines.append([f"{name} = {made}", f"at_{name} = {name}.data_ptr()"])
-        self.new.add(t.untyped_storage()._cdata)
-        self._call(t, name)
+        self.steps[-1].append(f"{name} = {made}")
+        self._call_new(t, name)
 
     def _argument(self, a: Any) -> str:
         """Of an operator."""
