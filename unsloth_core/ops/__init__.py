@@ -3,9 +3,9 @@
 ``uc.ops.rms_norm(x, w, eps=1e-6)`` takes and returns plain tensors; each file has the formula, the kernels, the
 backward and the cost of one op, top to bottom.
 
-``torch.autocast`` changes nothing in them: an output has its input's dtype, sums are made in fp32. PyTorch's own layers do
-change theirs: on a GPU, LayerNorm, softmax and losses return fp32 and products half precision. Where the code around an op
-counts on that, cast what you pass: ``layer_norm(x.float(), ...)``, ``linear(x.half(), w.half())``."""
+``torch.autocast`` changes nothing in them: dtypes are those of the plain call, sums are made in fp32. PyTorch's own
+layers do change theirs: on a GPU LayerNorm and softmax return fp32, products half precision. Where the code around an
+op counts on that, cast what you pass: ``layer_norm(x.float(), ...)``, ``linear(x.half(), w.half())``."""
 
 from .add_rms_norm import add_rms_norm
 from .attention import attention
