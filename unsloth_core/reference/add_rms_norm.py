@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..tree import ABSENT
+from .dtypes import check_floats
 
 
 def add_rms_norm(
@@ -22,6 +23,7 @@ def add_rms_norm(
     ``"llama"`` rounds the normalised ``h`` to its dtype before the weight, as Llama does; ``"gemma"`` only
     rounds the result. Raises ValueError where PyTorch would broadcast.
     """
+    check_floats("add_rms_norm", x=x, w=w)
     if w.shape != x.shape[-1:]:
         raise ValueError(f"add_rms_norm: w has shape {tuple(w.shape)}, expected (D,) = {tuple(x.shape[-1:])}")
     if res is not ABSENT and (res.shape != x.shape or res.dtype != x.dtype):

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..segments import Segments
 from ..tree import ABSENT
 from .attention import attention
+from .dtypes import check_attention
 
 
 def attention_decode(
@@ -24,6 +25,8 @@ def attention_decode(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``o_NHK``, or ``(o_NHK, lse_NH)``; see :mod:`unsloth_core.ops.attention_decode`. Takes any number of queries.
     Raises ValueError for pages that are no table of enough rows."""
+    segments = {"q_segments": q_segments, "kv_segments": kv_segments}
+    check_attention("attention_decode", q_NHK, k_MGK, v_MGK, segments, sinks_H)
     if (pages_SP is ABSENT) != (page is None):
         raise ValueError(f"attention_decode: page is {page}, expected a size if there are pages and None if not")
     if page is not None:

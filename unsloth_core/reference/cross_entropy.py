@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..tree import ABSENT
+from .dtypes import check_floats
 
 
 def check_targets(op: str, targets: Tensor, letter: str, size: int) -> None:
@@ -50,6 +51,7 @@ def cross_entropy(
     if logits_NV.ndim != 2 or logits_NV.shape[1] == 0:
         raise ValueError(f"cross_entropy: logits has shape {tuple(logits_NV.shape)}, expected (N, V) with V > 0")
     N, V = logits_NV.shape
+    check_floats("cross_entropy", logits=logits_NV, weight=weight_V)
     check_targets("cross_entropy", targets_N, "N", N)
     if weight_V is not ABSENT and weight_V.shape != (V,):
         raise ValueError(f"cross_entropy: weight has shape {tuple(weight_V.shape)}, expected (V,) = ({V},)")

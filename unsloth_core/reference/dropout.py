@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .dtypes import check_floats
+
 _MASK = 0xFFFFFFFF
 
 
@@ -12,6 +14,7 @@ def dropout(x: Tensor, key: Tensor, *, p: float) -> Tensor:
     Element i of the flattened x has word i % 4 of Philox's counter i // 4. The first number of the key is Philox's key,
     the second the upper half of the counter.
     """
+    check_floats("dropout", x=x)
     if key.shape != (2,) or key.dtype != torch.int64:
         raise ValueError(f"dropout: key is {tuple(key.shape)} {key.dtype}, expected (2,) torch.int64 of random.key")
     if not 0.0 <= p <= 1.0:

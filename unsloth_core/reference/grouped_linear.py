@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..tree import ABSENT
 from ..weights import NF4, Adapted, Stacked, Weight
+from .dtypes import check_floats
 from .nf4 import dequantize
 
 
@@ -21,7 +22,12 @@ def grouped_linear(
 
     Sums are made in (at least) fp32 and rounded once, in a combine too.
     """
+    check_floats("grouped_linear", x=x)
     order_P, positions_NT, offsets = plan
+    for name, t in zip(("order", "positions", "offsets"), plan, strict=True):
+        if t.dtype != torch.int32:
+            got = f"{t.dtype} with strides {t.stride()}"
+            raise ValueError(f"grouped_linear: plan's {name} is {got}, expected contiguous int32")
     (N, T), E = positions_NT.shape, offsets.shape[0] - 1
     wide = torch.promote_types(x.dtype, torch.float32)
     expert_P = torch.searchsorted(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..tree import ABSENT
+from .dtypes import check_floats
 
 
 def layer_norm(x: Tensor, w: Any = ABSENT, b: Any = ABSENT, add: Any = ABSENT, *, eps: float = 1e-5) -> Tensor:
@@ -13,6 +14,7 @@ def layer_norm(x: Tensor, w: Any = ABSENT, b: Any = ABSENT, add: Any = ABSENT, *
 
     ``var`` is the biased one, as in ``F.layer_norm``. Raises ValueError where PyTorch would broadcast.
     """
+    check_floats("layer_norm", x=x, w=w, b=b)
     for name, p in (("w", w), ("b", b)):
         if p is not ABSENT and p.shape != x.shape[-1:]:
             raise ValueError(f"layer_norm: {name} has shape {tuple(p.shape)}, expected (D,) = {tuple(x.shape[-1:])}")

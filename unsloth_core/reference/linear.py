@@ -8,6 +8,7 @@ from torch import Tensor
 from ..tree import ABSENT
 from ..weights import NF4, Adapted, Stacked, Weight
 from .dropout import dropout
+from .dtypes import check_floats
 from .nf4 import dequantize
 
 
@@ -18,6 +19,7 @@ def linear(x_NC: Tensor, w: Weight, bias: Tensor | Any = ABSENT, add: Tensor | A
     adapter, which is smaller than half a unit of it, and training starts late. With keys, each adapter's input
     is dropped out, with its own.
     """
+    check_floats("linear", x=x_NC)
     base, parts, rows = (w.base, w.parts, w.rows) if isinstance(w, Adapted) else (w, (), ())
     wide = torch.promote_types(x_NC.dtype, torch.float32)
     x = x_NC.to(wide)

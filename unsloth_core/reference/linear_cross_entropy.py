@@ -12,6 +12,7 @@ from torch import Tensor
 from ..tree import ABSENT
 from ..weights import NF4, Head
 from .cross_entropy import check_options, check_targets, cross_entropy
+from .dtypes import check_floats
 from .nf4 import dequantize
 
 CHUNK_LOGITS = 2**25
@@ -38,6 +39,7 @@ def check_linear(op: str, x: Tensor, w: Tensor, targets: Tensor, rows: Any, chun
         raise ValueError(f"{op}: w has dtype {w.dtype}, expected that of x, {x.dtype}")
     if chunk_logits is not None and not chunk_logits >= 1:
         raise ValueError(f"{op}: chunk_logits is {chunk_logits}, expected a positive number or None")
+    check_floats(op, x=x)
 
 
 def target_rows(x_ND: Tensor, targets_M: Tensor, rows_M: Any, V: int, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..tree import ABSENT
 from ..weights import Weight
+from .dtypes import check_angles
 from .linear import linear
 from .rope import rope
 
@@ -15,6 +16,7 @@ def linear_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``x W^T + bias`` as q (N, heads, K), k and v (N, kv_heads, K); q and k turned."""
     qkv = linear(x_NC, w, bias)
+    check_angles("linear_rope", cos=cos_NJ, sin=sin_NJ)
     stacked = heads + 2 * kv_heads
     if x_NC.ndim != 2 or qkv.shape[-1] % stacked:
         got = f"x has shape {tuple(x_NC.shape)} and w has {qkv.shape[-1]} rows"

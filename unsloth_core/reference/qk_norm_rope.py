@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .dtypes import check_floats
 from .rope import check_heads, turned
 
 
@@ -24,6 +25,7 @@ def qk_norm_rope(
     gradient flows to cos and sin. Raises ValueError where PyTorch would broadcast.
     """
     check_heads("qk_norm_rope", q_NHK, k_NGK, cos_NJ, sin_NJ)
+    check_floats("qk_norm_rope", wq=wq_K, wk=wk_K)
     K = q_NHK.shape[2]
     for name, w in (("wq", wq_K), ("wk", wk_K)):
         if w.shape != (K,):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .dtypes import check_angles, check_floats
+
 
 def rope(q_NHK: Tensor, k_NGK: Tensor, cos_NJ: Tensor, sin_NJ: Tensor) -> tuple[Tensor, Tensor]:
     """Turn channel pairs (i, i + J), i < J, of every head by its token's angles; channels from 2J on stay.
@@ -24,10 +26,11 @@ def turned(x: Tensor, cos_NJ: Tensor, sin_NJ: Tensor) -> Tensor:
 
 
 def check_heads(op: str, q_NHK: Tensor, k_NGK: Tensor, cos_NJ: Tensor, sin_NJ: Tensor) -> None:
-    """Raises ValueError unless the shapes are those that the names say."""
+    """Raises ValueError unless shapes are those that the names say, and dtypes those of the kernels."""
     for name, x, dims in (("q", q_NHK, "(N, H, K)"), ("k", k_NGK, "(N, G, K)")):
         if x.ndim != 3:
             raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {dims}")
+    check_floats(op, q=q_NHK, k=k_NGK)
     N, _, K = q_NHK.shape
     if k_NGK.shape[0] != N or k_NGK.shape[2] != K:
         raise ValueError(f"{op}: k has shape {tuple(k_NGK.shape)}, expected (N, G, K) = ({N}, G, {K})")
@@ -36,3 +39,4 @@ def check_heads(op: str, q_NHK: Tensor, k_NGK: Tensor, cos_NJ: Tensor, sin_NJ: T
             raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected (N, J) = ({N}, 1 to {K // 2})")
     if sin_NJ.shape != cos_NJ.shape:
         raise ValueError(f"{op}: sin has shape {tuple(sin_NJ.shape)}, expected cos's {tuple(cos_NJ.shape)}")
+    check_angles(op, cos=cos_NJ, sin=sin_NJ)

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from ..tree import ABSENT
+from .dtypes import check_floats
 
 
 def route(
     logits_NE: Tensor, valid_N: Tensor | Any = ABSENT, *, top_k: int, renormalise: bool = True
 ) -> tuple[Tensor, ...]:
     """``(gates_NT, experts_NT, order_P, positions_NT, offsets, prob_sums_E, counts_E)``; see ``ops/route.py``."""
+    check_floats("route", logits=logits_NE)
     N, E = logits_NE.shape
     where = logits_NE.device
     z = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
@@ -32,6 +34,8 @@ def route(
     if valid_N is not ABSENT:
         if valid_N.shape != (N,):  # no broadcasting
             raise ValueError(f"route: valid has shape {tuple(valid_N.shape)}, expected (N,) = ({N},)")
+        if valid_N.dtype != torch.bool:
+            raise ValueError(f"route: valid has dtype {valid_N.dtype}, expected torch.bool")
         probs = torch.where(valid_N.unsqueeze(1), probs, 0)
         chosen = chosen & valid_N.repeat_interleave(top_k).unsqueeze(1)
     counts = chosen.sum(0)
