@@ -76,14 +76,15 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
         return tuple(values)
 
     def op(*args: Any, name: str = op_name, **keywords: Any) -> Any:
-        args = bind(args, keywords)
+        missing = () if keywords else rest.get(len(args))
+        args = bind(args, keywords) if keywords or missing is None else args + missing
         if torch.compiler.is_dynamo_compiling():
             tracing.prepare()
             return tracing.call(identity, args, name, repr(keywords))
         return run(args, name, keywords)
 
     def run(args: tuple[Any, ...], name: str, keywords: dict[str, Any]) -> Any:
-        types = tuple([arg.__class__ for arg in args])
+        types = tuple(map(type, args))
         spec = checked.get(types)
         if spec is None:
             leaves, spec = fit(args, types)
