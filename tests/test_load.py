@@ -271,8 +271,8 @@ def test_options_that_are_refused(tmp_path):
     for quantize in ("int8", "NF4", 4, True):
         with pytest.raises(ValueError, match=r"load: quantize is .*, expected one of \(None, 'nf4'\)"):
             load(folder, quantize=quantize)
-    for dtype in (torch.int8, torch.float8_e4m3fn, torch.complex64):
-        with pytest.raises(ValueError, match=f"load: dtype is {dtype}, expected bfloat16, float16 or float32"):
+    for dtype in ("bfloat16", torch.int8, torch.float8_e4m3fn, torch.complex64):
+        with pytest.raises(ValueError, match=f"load: dtype is {dtype!r}, expected bfloat16, float16 or float32"):
             load(folder, dtype=dtype)
     for device, message in (
         ("meta", "expected cuda, cuda:<number> or cpu"),

@@ -61,8 +61,8 @@ def load(
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise ValueError(f"load: device is {str(device)!r}, but PyTorch sees {count} CUDA devices")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ValueError(f"load: dtype is {dtype}, expected bfloat16, float16 or float32")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"load: dtype is {dtype!r}, expected bfloat16, float16 or float32")
     checkpoint = text_part(hub.open_checkpoint(source, revision=revision, token=token))
     family = family_of(checkpoint.config)
     config = family.Config.from_hf(checkpoint.config)
