@@ -34,7 +34,9 @@ class Experts:
 
 
 class ConfigReader:
-    """Hands out the fields of a raw ``config.json``, remembers which, and :meth:`finish` refuses the others."""
+    """Hands out the fields of a raw ``config.json``, remembers which, and :meth:`finish` refuses the others.
+
+    Every method raises ValueError, with the field's name, for a value that is not what it hands out."""
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self.raw = raw

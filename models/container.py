@@ -80,7 +80,7 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def text_config(outer: dict[str, Any], source: str) -> dict[str, Any]:
-    """config.json of the text model inside a multimodal one; any other as it is."""
+    """config.json of the text model inside a multimodal one; any other as it is. Raises ValueError without one."""
     model_type = outer.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONTAINERS:
         return outer

@@ -110,7 +110,9 @@ def environment() -> jinja2.Environment:
 
 
 def as_message(message: Any, index: int) -> dict[str, Any]:
-    """A message as the template sees it: no None values, reasoning under both names in use."""
+    """A message as the template sees it: no None values, reasoning under both names in use.
+
+    Raises ValueError for what is no object of JSON."""
     if not isinstance(message, Mapping):
         raise ValueError(f"messages[{index}]: expected a dict, got {type(message).__name__}")
     fields = plain({k: v for k, v in message.items() if v is not None}, f"messages[{index}]")
@@ -121,7 +123,9 @@ def as_message(message: Any, index: int) -> dict[str, Any]:
 
 
 def plain(value: Any, where: str) -> Any:
-    """A copy of `value` out of exact JSON types: a template must not get at methods of richer objects."""
+    """A copy of `value` out of exact JSON types: a template must not get at methods of richer objects.
+
+    Raises ValueError, with ``where``, for anything that is not JSON."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, str):

@@ -40,7 +40,7 @@ def read_examples(source: Source) -> list[Row]:
 
 
 def read_rows(source: Source) -> tuple[Iterator[Row], int | None]:
-    """(rows, read as they are asked for; their number if it is known)"""
+    """(rows, read as they are asked for; their number if it is known). Raises as :func:`read_examples` does."""
     if not isinstance(source, str | Path):
         count = len(source) if isinstance(source, Sized) else None
         return (_row(row, getattr(row, "place", f"example {i}")) for i, row in enumerate(source)), count

@@ -67,7 +67,9 @@ def stream(
 
 
 def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt; chat messages are rendered with the generation prompt appended."""
+    """Token ids of a prompt; chat messages are rendered with the generation prompt appended.
+
+    Raises ValueError for a prompt without tokens, or that is neither text nor messages."""
     tokenizer = _tokenizer(model)
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt)

@@ -46,7 +46,8 @@ class StoredTensor:
 
 
 class _Cursor:
-    """Reads little-endian values one after the other, and never past the end of the file."""
+    """Reads little-endian values one after the other. Raises ValueError, with file and place, for one that is not what
+    it should be or would lie past the end of the file."""
 
     def __init__(self, path: Path, data: memoryview):
         self.path, self.data, self.at = path, data, 0
@@ -93,7 +94,7 @@ class _Cursor:
 
 
 def parse(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """Metadata and tensors, every size checked against the file."""
+    """Metadata and tensors, every size checked against the file. Raises ValueError for what is no GGUF or damaged."""
     if path.stat().st_size < 24:
         raise ValueError(f"{path}: expected a GGUF file, got {path.stat().st_size} bytes")
     data = np.memmap(path, np.uint8, mode="c")  # private: tensors are writable views that never reach the file

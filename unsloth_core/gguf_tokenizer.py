@@ -49,7 +49,7 @@ _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
 
 
 class _Metadata:
-    """Typed access to the `tokenizer.ggml.*` keys of untrusted metadata."""
+    """Typed access to untrusted metadata, `tokenizer.ggml.*`. Raises ValueError for other types or sizes."""
 
     def __init__(self, values: Mapping[str, Any], source: str):
         self.values, self.source = values, source

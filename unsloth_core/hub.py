@@ -183,7 +183,9 @@ class SafetensorsCheckpoint:
 
     @staticmethod
     def open(folder: Path, source: str | None = None) -> SafetensorsCheckpoint:
-        """Read config and headers, and check everything that can be checked without reading tensors."""
+        """Read config and headers, and check everything that can be checked without reading tensors.
+
+        Raises FileNotFoundError without config.json, ValueError for anything missing, damaged or outside the folder."""
         source = source or str(folder)
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{source}: no config.json")

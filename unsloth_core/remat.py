@@ -205,7 +205,9 @@ class _Record:
         return key
 
     def finish(self, final: Sequence[Tensor]) -> list[_Entry]:
-        """Reverse liveness: a call runs again only if somebody reads what it makes, or its own backward needs it."""
+        """Reverse liveness: a call runs again only if somebody reads what it makes, or its own backward needs it.
+
+        Raises ValueError for names in the policy that no call of the layer has."""
         names = {entry.name for entry in self.entries}
         if unknown := sorted(set(self.policy) - names - {INPUT}):
             raise ValueError(f"remat: policy names {unknown}, but the calls of this layer are {sorted(names)}")

@@ -230,6 +230,7 @@ class Rotary:
         frequencies by it, once for the whole batch; the other types ignore it. In training it is a bound, a
         power of two less one: the same choice for longrope, whose contexts are powers of two, and for dynamic up
         to its context. ``dtype=torch.float64`` is for tests.
+        Raises ValueError for positions of another shape or dtype.
         """
         if positions_N.ndim != 1:
             raise ValueError(f"rotary: positions have shape {tuple(positions_N.shape)}, expected (N,)")

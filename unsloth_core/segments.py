@@ -22,7 +22,9 @@ class Segments:
 
     @staticmethod
     def packed(cu_seqlens: Tensor, max_len: int) -> "Segments":
-        """From cumulative lengths (S + 1,), the form other libraries use: segment s is rows cu[s] to cu[s + 1]."""
+        """From cumulative lengths (S + 1,), the form other libraries use: segment s is rows cu[s] to cu[s + 1].
+
+        Raises ValueError for another shape or dtype than int32."""
         if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
             raise ValueError(f"Segments.packed: cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (S + 1,)")
         if cu_seqlens.dtype != torch.int32:

@@ -181,7 +181,9 @@ def get(tree: Tree, path: Path) -> Any:
 
 
 def replace(tree: Tree, values: Mapping[Path, Any]) -> Tree:
-    """A copy of a weights tree with other nodes at the given paths; everything else is the same object."""
+    """A copy of a weights tree with other nodes at the given paths; everything else is the same object.
+
+    Raises ValueError for an index outside a tuple."""
     by_head: dict[str | int, dict[Path, Any]] = {}
     for path, value in values.items():
         if not path:
@@ -197,7 +199,8 @@ def replace(tree: Tree, values: Mapping[Path, Any]) -> Tree:
 def split_parts(w: Weight, rows: tuple[int, ...]) -> list[Any]:
     """The parts of a weight as views (dense) or nodes; an adapted weight gives its base's parts.
 
-    ``rows`` are a declaration's. NF4 experts are one node, which has to be decoded to be split.
+    ``rows`` are a declaration's. NF4 experts are one node, which has to be decoded to be split:
+    ValueError.
     """
     if isinstance(w, Adapted):
         return split_parts(w.base, rows)
