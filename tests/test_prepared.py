@@ -279,7 +279,8 @@ def test_a_decoded_weight_is_not_prepared_within_a_layer(uses):
 
     def step():
         x = rand(16, 64).requires_grad_()  # too many to be multiplied with the codes
-        ops.linear(x, w).sum().backward()
+        with torch.autograd.set_multithreading_enabled(False):  # in the context of this thread, as a layer's is
+            ops.linear(x, w).sum().backward()
 
     for _ in range(4):
         with autodiff.remembering(autodiff.Memo()):
