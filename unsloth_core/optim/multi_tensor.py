@@ -37,7 +37,7 @@ from ..ops.language import cast
 from .blockwise import BLOCK, LEAST_ABSMAX, ZERO
 
 TILE, WARPS = 2048, 8
-TILE_8BIT, WARPS_8BIT = 1024, 4  # of a tree with 8-bit states
+TILE_8BIT, WARPS_8BIT = 512, 2  # of a tree with 8-bit states
 ARGUMENTS = 128  # addresses per launch when they travel as kernel arguments
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MIXED = -1
