@@ -339,6 +339,8 @@ def _optimizers(call: Calls, r: Random, target: Target) -> None:
 
             call(f"adamw {dtypes} {state}", update, leaves)
             call(f"adamw {dtypes} {state} unaligned", update, [r.normal(4097, dtype=dtype)[1:] for dtype in dtypes])
+            if state == "8bit":
+                call(f"adamw {dtypes} {state} and small", update, [*leaves, r.normal(17, dtype=FP32)])
     call("addresses under capture", lambda: multi_tensor._table_by_arguments([2**40] * 3, CPU), ())
 
 
