@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -186,6 +187,9 @@ def straight(index: int) -> bool:
 
 # PyTorch's own, without asking whether CUDA has begun: an argument is there already.
 _current: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+# Memory of the current device, of a size, strides and dtype, without PyTorch's dispatcher: as its own compiler has it.
+_GUARDS = torch._C._dynamo.guards  # type: ignore[attr-defined]
+empty_cuda: Callable[..., Tensor] | None = getattr(_GUARDS, "_empty_strided_cuda", None)
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0)
 
 
@@ -211,15 +215,21 @@ class Descriptor(NamedTuple):
     again: Callable[[Tensor], Any]
 
 
+class Memory(NamedTuple):
+    """Stands for the address of so much new memory."""
+
+    bytes: int
+
+
 STREAM = object()  # stands for the current stream
 
 
 def again(step: Launch) -> tuple[Callable[..., None], tuple[Any, ...]]:
     """A launch that was made, to be made again: a function and its arguments, some of which are :class:`Address` (in
-    the interpreter tensors), :class:`Descriptor` and :data:`STREAM`; they also stand in tuples.
+    the interpreter tensors), :class:`Descriptor`, :class:`Memory` and :data:`STREAM`; they also stand in tuples.
 
-    Triton's launcher allocates what a kernel asks for and calls the function that launches. Where a kernel asks for
-    nothing that is called here at once, in the Tritons whose form of it is known."""
+    Triton's launcher allocates what a kernel asks for and calls the function that launches. In the Triton whose form of
+    that function is known it is called here at once."""
     kernel, grid, args, options = step
     if _INTERPRETING:
         return functools.partial(_interpret, kernel, grid, options), args
@@ -229,11 +239,12 @@ def again(step: Launch) -> tuple[Callable[..., None], tuple[Any, ...]]:
     run, packed, metadata = compiled.run, compiled.packed_metadata, compiled.metadata
     first = (*(*grid, 1, 1)[:3], STREAM, compiled.function)
     none = (None, None, None)  # what hooks get, and the hooks
-    if metadata.global_scratch_size > 0 or getattr(metadata, "profile_scratch_size", 0) > 0:
-        return functools.partial(_with_memory, run), (*first, packed, *none, *values)
-    if _TRITON == "3.6" and hasattr(run, "launch"):
-        flags = (run.launch_cooperative_grid, run.launch_pdl, None, None)
+    if _TRITON == "3.6" and not metadata.profile_scratch_size:
+        size = math.prod(grid) * metadata.num_ctas * metadata.global_scratch_size
+        flags = (run.launch_cooperative_grid, run.launch_pdl, Memory(size) if size else None, None)
         return run.launch, (*first, *flags, packed, *none, *values)
+    if metadata.global_scratch_size > 0:
+        return functools.partial(_with_memory, run), (*first, packed, *none, *values)
     return run, (*first, packed, *none, *values)
 
 

@@ -176,16 +176,17 @@ class _Writer:
     """Writes a function of tensors line by line; raises KeyError for a tensor that it does not know where to find."""
 
     def __init__(self, leaves: Sequence[Tensor]) -> None:
-        self.index = max(t.get_device() for t in leaves)
+        self.where = max(leaves, key=Tensor.get_device).device
+        self.index = -1 if self.where.index is None else self.where.index
         self.held: list[Any] = []  # so that no identity is given out twice
         self.names: dict[int, str] = {}  # what tensors are called, by identity
         self.roots: dict[int, list[Tensor]] = {}  # arguments and new tensors, by their memory
         self.new: set[int] = set()  # memory that came into being here
         self.steps: list[list[str]] = []  # lines
-        self.scratch: dict[str, tuple[int, Tensor]] = {}  # what only kernels have seen so far: the step that made it
+        self.scratch: dict[str, tuple[int, int]] = {}  # what only kernels have seen so far: its step, its bytes
         self.large: dict[str, list[str]] = {}  # new tensors whose memory is to be given back early, and views of them
         self.last: dict[str, int] = {}  # the step that needed one last
-        self.values: dict[str, Any] = {"empty_strided": torch.empty_strided, "current_stream": device.current_stream}
+        self.values: dict[str, Any] = {"current_stream": device.current_stream}
         names = [f"a{i}" for i in range(len(leaves))]
         for t, name in zip(leaves, names, strict=True):
             self._call(t, name)
@@ -219,12 +220,11 @@ class _Writer:
         if len(small) < 2:
             return
         size = 0
-        for name, step, t in small:
+        for name, step, nbytes in small:
             self.steps[step] = [f"at_{name} = shared + {size}"]
-            size += -(-t.nbytes // _ALIGNED) * _ALIGNED
-        form = f"dtype={self._value(torch.uint8, 'c')}, device={self._value(small[0][2].device, 'c')}"
-        shared = [f"memory = empty_strided(({size},), (1,), {form})", "shared = memory.data_ptr()"]
-        self.steps[small[0][1]][:0] = shared
+            size += -(-nbytes // _ALIGNED) * _ALIGNED
+        memory = self._empty((size,), (1,), torch.uint8)
+        self.steps[small[0][1]][:0] = [f"memory = {memory}", "shared = memory.data_ptr()"]
 
     def _call(self, t: Tensor, name: str) -> None:
         self.held.append(t)
@@ -239,8 +239,21 @@ class _Writer:
         if t.nbytes > _SMALL:
             self.large[name], self.last[name] = [], len(self.steps) - 1
 
+    def _empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> str:
+        """New memory. ``torch.empty`` takes longer; in deterministic mode PyTorch's own ways fill it."""
+        kind = self._value(dtype, "c")
+        if self.where.type == "cuda" and device.empty_cuda and not torch.are_deterministic_algorithms_enabled():
+            return f"{self._value(device.empty_cuda, 'empty_cuda')}({shape}, {strides}, {kind})"
+        made = self._value(torch.empty_strided, "empty_strided")
+        return f"{made}({shape}, {strides}, dtype={kind}, device={self._value(self.where, 'c')})"
+
     def _add_launch(self, step: device.Launch) -> None:
         function, words = device.again(step)
+        for word in words:
+            if isinstance(word, device.Memory):
+                self._add_new(torch.empty, torch.empty(word.bytes, dtype=torch.uint8, device=self.where))
+                words = tuple([device.Address(self.held[-1]) if w is word else w for w in words])
+                self.steps.append([])
         self.steps[-1].append(f"{self._value(function, 'run')}({', '.join(self._word(word) for word in words)})")
 
     def _word(self, word: Any) -> str:
@@ -311,11 +324,12 @@ class _Writer:
                 self._call_new(t, name)
 
     def _add_new(self, make: Any, t: Tensor) -> None:
-        name, form = f"n{len(self.names)}", f"dtype={self._value(t.dtype, 'c')}, device={self._value(t.device, 'c')}"
-        if make is torch.empty:  # which takes longer
-            made = f"empty_strided({(*t.shape,)}, {t.stride()}, {form})"
-            self.scratch[name] = len(self.steps) - 1, t
+        name = f"n{len(self.names)}"
+        if make is torch.empty and t.device == self.where:
+            made = self._empty((*t.shape,), t.stride(), t.dtype)
+            self.scratch[name] = len(self.steps) - 1, t.nbytes
         else:
+            form = f"dtype={self._value(t.dtype, 'c')}, device={self._value(t.device, 'c')}"
             made = f"{self._value(make, 'make')}({(*t.shape,)}, {form})"
         self.steps[-1].append(f"{name} = {made}")
         self._call_new(t, name)
