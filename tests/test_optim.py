@@ -522,6 +522,8 @@ def test_what_is_refused():
     x = torch.zeros(2, 3, device=DEVICE)
     opt = optim.adamw(max_norm=1.0)
     state = opt.init({"w": x})
+    in_8_bits, y = optim.adamw(state_dtype="8bit"), torch.zeros(17, 256, device=DEVICE)
+    short = tree.map(lambda t: t[:16] if t.shape == (17,) else t, in_8_bits.init({"w": y}))  # absmax of 16 blocks
     for call, message in (
         (lambda: opt.init({"w": x.int()}), "'w' is torch.int32, expected one of"),
         (lambda: opt.init({"w": x.double()}), "'w' is torch.float64, expected one of"),
@@ -544,6 +546,7 @@ def test_what_is_refused():
             lambda: optim.adamw(state_dtype=torch.bfloat16).update({"w": x}, state, {"w": x}),
             "its state torch.float32 .*, a state as state_dtype = torch.bfloat16 makes it",
         ),
+        (lambda: in_8_bits.update({"w": y}, short, {"w": y}), r"its state torch.float32 \(16,\) on"),
         (lambda: optim.cosine(1e-3, 5, warmup=5), "steps = 5, expected more than warmup = 5"),
         (lambda: optim.linear(-1e-3, 5), "peak = -0.001"),
         (lambda: optim.clip_factor(x, 0.0), "max_norm = 0.0"),

@@ -277,8 +277,9 @@ def _check_update(
     device, yes = columns[0][0].device, [True] * len(ps)
     first = torch.bfloat16 if state_dtype == torch.bfloat16 else torch.float32
     shapes = [p.shape for p in ps]
-    facts = [([p.dtype in DTYPES for p in ps], yes), ([g.dtype in DTYPES for g in gs], yes)]
-    facts += [([p.is_contiguous() for p in ps], yes), ([p.device == device for p in ps], yes)]
+    facts: list[tuple[list[Any], list[Any]]] = [([p.is_contiguous() for p in ps], yes)]
+    facts += [([t.dtype in DTYPES for t in ts], yes) for ts in (ps, gs)]
+    facts.append(([p.device == device for p in ps], yes))
     for ts in (gs, m, v):
         facts += [([t.shape for t in ts], shapes), ([t.device == device for t in ts], yes)]
     for ts, dtype in ((m, first), (v, torch.float32)):
@@ -287,6 +288,7 @@ def _check_update(
         blocks = [(-(-p.numel() // blockwise.BLOCK),) if byte else p.shape for p, byte in zip(ps, two, strict=True)]
         for ts, dtype in ((m_absmax, first), (v_absmax, torch.float32)):
             facts += [([t.shape for t in ts], blocks), ([t.dtype for t in ts], [dtype] * len(ts))]
+            facts.append(([t.device == device for t in ts], yes))
     bad = [i for got, wanted in facts if got != wanted for i in range(len(ps)) if got[i] != wanted[i]]
     if not bad:
         return
