@@ -103,7 +103,7 @@ class Machine:
         return times
 
     def host_us(self, call: Call) -> float:
-        """Median time until a call returns to the host, one call after the other: of 100, or of 5 and what fits in 0.3 s.
+        """Median time until a call returns to the host, one after the other: of 100, or of 5 and what fits in 0.3 s.
 
         The GPU gets as far behind as small arguments let it, and catches up every 20 calls."""
         times: list[float] = []
