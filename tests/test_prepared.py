@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unsloth_core import autodiff, device, ops, prepared, tree
 from unsloth_core.ops import nf4
+from unsloth_core.segments import Segments
 from unsloth_core.tree import ABSENT
-from unsloth_core.weights import LoRA
+from unsloth_core.weights import Adapted, LoRA
 
 
 @pytest.fixture
@@ -74,6 +75,60 @@ def test_later_calls_give_the_bits_of_the_function(name, uses):
         gradients = [g for g in bwd(residuals, given, needs=needs, **statics) if g is not ABSENT]
         for ours, theirs in zip((*outs, *got), (*tree.leaves(plain), *gradients), strict=True):
             assert torch.equal(ours, theirs) and ours.stride() == theirs.stride() and ours.dtype == theirs.dtype
+
+
+def adapted(base, rows):
+    parts = tuple(LoRA(a=rand(2, 16), b=rand(m, 2), scale=0.5) for m in rows)
+    return Adapted(base=base, parts=parts, rows=rows)
+
+
+def packed():
+    ends = torch.tensor([0, 5, 9], dtype=torch.int32, device=DEVICE)
+    segments = Segments.packed(ends, max_len=5)
+    return rand(9, 4, 16), rand(9, 2, 16), rand(9, 2, 16), segments, segments
+
+
+def in_nf4():
+    return rand(16, 16), adapted(nf4.quantize(rand(12, 16), double_quant=False), (8, 4))
+
+
+def turned():
+    return rand(5, 16), adapted(rand(32, 16), (16, 16)), *cos_sin(5, 4)
+
+
+NODES = {  # name: (arguments, leaves that want no gradient, statics)
+    "attention": (packed, (), {"window": 3}),
+    "embedding": (lambda: (torch.arange(100, device=DEVICE) % 7, rand(7, 16)), (), {}),
+    "linear": (lambda: (rand(5, 16), adapted(rand(12, 16), (8, 4)), rand(12), rand(5, 12)), (), {}),
+    "linear in NF4": (in_nf4, (1, 2), {}),
+    "linear_rope": (turned, (6, 7), {"heads": 2, "kv_heads": 1}),
+    "glu_linear": (lambda: (rand(5, 32), adapted(rand(12, 16), (12,))), (), {}),
+}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_later_calls_with_nodes_give_the_bits_of_the_function(name, uses, monkeypatch):
+    make, frozen, statics = NODES[name]
+    op = getattr(ops, name.split()[0])
+
+    def both(args, seed):
+        leaves, spec = tree.flatten(args)
+        trained = [i not in frozen and t.dtype == torch.float32 for i, t in enumerate(leaves)]
+        inputs = [t.detach().requires_grad_(want) for t, want in zip(leaves, trained, strict=True)]
+        outs = tree.leaves(op(*tree.unflatten(inputs, spec), **statics))
+        torch.manual_seed(seed)
+        wanted = [t for t in inputs if t.requires_grad]
+        return [*outs, *torch.autograd.grad(outs, wanted, [torch.randn_like(o) for o in outs], allow_unused=True)]
+
+    for repeat in range(4):
+        args = make()
+        got = both(args, repeat)
+        with monkeypatch.context() as patch:
+            patch.setattr(device, "straight", lambda _: False)
+            want = both(args, repeat)
+        for ours, theirs in zip(got, want, strict=True):
+            assert ours is theirs is None or torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+    assert len(uses) >= 2 * 3, "of each half all but the first call, and what is prepared inside"
 
 
 def test_kinds_are_told_apart(uses):

@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import tree
 from ..autodiff import custom_vjp
 from ..cost import Cost
+from ..prepared import prepared
 from ..tree import ABSENT
 from ..weights import Weight
 from .glu import backward as glu_backward
@@ -29,6 +30,7 @@ from .linear import cost as linear_cost
 from .linear import input_gradient, linear_fwd, weight_gradient
 
 
+@prepared
 def glu_linear_fwd(
     gate_up_N2F: Tensor, w: Weight, bias: Tensor | Any = ABSENT, add: Tensor | Any = ABSENT, *,
     needs: Any, act: str = "silu",
@@ -42,6 +44,7 @@ def glu_linear_fwd(
     return y, (gate_up_N2F if needs[0] or h_kept is not ABSENT else ABSENT, w, spare)
 
 
+@prepared
 def glu_linear_bwd(
     residuals: tuple[Any, Weight, Any], dy: Tensor, *, needs: Any, act: str = "silu"
 ) -> tuple[Any, Any, Any, Any]:

@@ -29,6 +29,7 @@ from .. import weights
 from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import cdiv, launch, next_power_of_2
+from ..prepared import prepared
 from ..tree import ABSENT
 from ..weights import Weight
 from .linear import cost as linear_cost
@@ -90,6 +91,7 @@ def _turn_back(
 # ---------------------------------------------------------------------------- op
 
 
+@prepared
 def linear_rope_fwd(
     x_NC: Tensor, w: Weight, cos_NJ: Tensor, sin_NJ: Tensor, bias: Tensor | Any = ABSENT, *,
     needs: Any, heads: int, kv_heads: int,
@@ -118,6 +120,7 @@ def linear_rope_fwd(
     return (q, k, v), (*residuals, cos_NJ, sin_NJ)
 
 
+@prepared
 def linear_rope_bwd(
     residuals: tuple[Any, ...], dy: tuple[Any, Any, Any], *, needs: Any, heads: int, kv_heads: int
 ) -> tuple[Any, ...]:
