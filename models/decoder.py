@@ -76,11 +76,6 @@ class Model:
     tokenizer: "Tokenizer | None" = None
     source: str = ""  # where it was loaded from
 
-    @property
-    def default_policy(self) -> Policy:
-        """What ``policy=None`` keeps with kernels: the output of every product and of attention."""
-        return dict.fromkeys(self.family.SAVED, SAVE)
-
     def logits(self, params: Any, tokens_BT: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T, V) logits in the dtype of the weights, causal within each row.
 
@@ -102,13 +97,13 @@ class Model:
 
         ``count``: 0-d device tensor; default the batch's own number of targets. Giving the count of a larger batch
         makes gradients of microbatches add up to that batch's. ``key``: for random ops; no family has any yet.
-        ``policy``: a :class:`Schedule`, or the policy of one: what each layer keeps for backward; None is
-        ``default_policy`` with kernels, and plain autograd with the reference backend. A batch on another device is
-        copied to the weights'. aux: ``loss_sum`` and ``count``, 0-d fp32; of mixtures of experts also ``balance``,
-        the load-balancing loss over the batch's real tokens, ``top_k`` where all experts work alike. The loss has
-        ``router_aux_loss_coef`` times it added where config.json has ``output_router_logits``, as in ``transformers``,
-        but weighed by ``batch.count / count``, so that microbatches add up to their mean. Raises ValueError for what is
-        no batch, a key, and a policy that names no call of a layer.
+        ``policy``: a :class:`Schedule`, or the policy of one: what each layer keeps for backward; None is the output
+        of every product and of attention (the family's ``SAVED``) with kernels, and plain autograd with the reference
+        backend. A batch on another device is copied to the weights'. aux: ``loss_sum`` and ``count``, 0-d fp32; of
+        mixtures of experts also ``balance``, the load-balancing loss over the batch's real tokens, ``top_k`` where all
+        experts work alike. The loss has ``router_aux_loss_coef`` times it added where config.json has
+        ``output_router_logits``, as in ``transformers``, but weighed by ``batch.count / count``, so that microbatches
+        add up to their mean. Raises ValueError for what is no batch, a key, and a policy that names no call of a layer.
         """
         if not isinstance(batch, Batch):
             raise ValueError(f"loss: batch is a {type(batch).__name__}, expected a Batch of uc.data: batches, Batch.of")

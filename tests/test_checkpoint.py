@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent, whichever file operation fails; a wrong one is refused."""
 
+import errno
 import json
 import os
 import shutil
@@ -101,6 +102,8 @@ FAILURES = [  # what fails, at which of its calls
     (Path, "write_text", 0),
     (os, "fsync", 0),
     (os, "fsync", 1),
+    (os, "fsync", 2),
+    (os, "fsync", 3),
     (os, "rename", 0),
 ]
 
@@ -127,7 +130,7 @@ def test_a_failure_anywhere_leaves_the_others_whole(owner, name, call, late, err
         patch.setattr(owner, name, failing)
         with pytest.raises(error, match="now"):
             checkpoint.save(tmp_path, 15, state(15), {})
-    done = name == "rename" and late
+    done = (name, call) == ("fsync", 3) or (name == "rename" and late)
     assert names(tmp_path) == ["step-00000005", "step-00000010", *(["step-00000015"] if done else [])]
     assert {p: p.read_bytes() for p in before} == before
     newest = checkpoint.newest(tmp_path)
@@ -146,6 +149,15 @@ def test_what_a_kill_left_behind_is_not_taken_for_a_checkpoint(tmp_path):
     checkpoint.save(tmp_path, 10, state(10), {})
     assert names(tmp_path) == ["step-00000005", "step-00000010"]
     assert_equal(checkpoint.load(tmp_path / "step-00000010", state()), state(10))
+
+
+def test_a_file_system_that_cannot_wait_for_names_is_taken_as_it_is(tmp_path, monkeypatch):
+    def refused(handle):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refused)
+    checkpoint.save(tmp_path, 5, state(5), {})
+    assert_equal(checkpoint.load(tmp_path / "step-00000005", state()), state(5))
 
 
 def test_an_old_one_that_cannot_be_dropped_does_no_harm(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ A checkpoint is a folder ``step-00000030`` of ``state.safetensors`` (every tenso
 ``state.json``. A kill or a full disk at any moment leaves the ones that were there before untouched.
 """
 
+import errno
 import json
 import os
 import re
@@ -43,9 +44,10 @@ def save(folder: Path, step: int, state: Tree, facts: dict[str, Any], *, keep: i
         (temporary / "state.json").write_text(json.dumps({"step": step, **facts}, indent=2) + "\n")
         # safetensors makes files that only their owner reads; the other file's mode is what the user's umask says.
         shutil.copymode(temporary / "state.json", temporary / "state.safetensors")
-        for file in temporary.iterdir():
-            _sync(file)
+        for written in (*temporary.iterdir(), temporary):
+            _sync(written)
         os.rename(temporary, final)
+        _sync(folder)  # the new name is on disk before older checkpoints go
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -107,6 +109,13 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for entry in folder.iterdir() if (match := _NAME.fullmatch(entry.name)))
 
 
-def _sync(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot, such as some remote ones
+            raise
+    finally:
+        os.close(handle)

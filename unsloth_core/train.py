@@ -304,6 +304,7 @@ def finetune(
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}", refresh=False)
             bar.update()
             if (i + 1) % o.save_every == 0 and i + 1 < steps:
+                os.fsync(log.fileno())  # a checkpoint without its rows cannot be gone on from
                 checkpoint.save(output / "checkpoints", i + 1, (adapters, state), {"options": identity})
     lora.save(adapters, output, model)
     plot_loss(history, output / "loss.png")
