@@ -42,6 +42,7 @@ ARGUMENTS = 128  # addresses per launch when they travel as kernel arguments
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MIXED = -1
 EIGHT_BIT = 3  # kind of a leaf's states; 0 and 1 are that of its first moment
+STATE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: EIGHT_BIT}  # by the first moment's dtype
 
 
 # ---- reading and writing a leaf by address; `kind` is a constexpr when all leaves agree, else a scalar
@@ -273,9 +274,6 @@ def adamw(
         BETA1=betas[0], BETA2=betas[1], EPS=eps, TILE=tile, BLOCK=BLOCK, ZERO=ZERO, LEAST=LEAST_ABSMAX,
         num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-STATE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: EIGHT_BIT}
 
 
 @functools.cache
