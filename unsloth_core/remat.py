@@ -378,7 +378,7 @@ def tiled(
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
             out = apply(op_call, leaves)
         else:
-            out = op_call.forward(leaves, tape.needs(name, leaves) if tape else [False] * len(leaves))[0]
+            out = op_call.forward(leaves, tuple(tape.needs(name, leaves)) if tape else (False,) * len(leaves))[0]
         return tree.unflatten(out, tiles.out_spec)
 
     return call
