@@ -308,7 +308,7 @@ class _Writer:
         return name
 
     def _add_operator(self, func: Any, args: Any, keywords: Any, out: Any) -> None:
-        if func in _NEW and out.is_contiguous():
+        if func in _NEW and out.is_contiguous() and out.device == self.where:
             self._add_new(_NEW[func], out)
             return
         given = [self._argument(a) for a in args]
@@ -325,11 +325,11 @@ class _Writer:
 
     def _add_new(self, make: Any, t: Tensor) -> None:
         name = f"n{len(self.names)}"
-        if make is torch.empty and t.device == self.where:
+        if make is torch.empty:
             made = self._empty((*t.shape,), t.stride(), t.dtype)
             self.scratch[name] = len(self.steps) - 1, t.nbytes
         else:
-            form = f"dtype={self._value(t.dtype, 'c')}, device={self._value(t.device, 'c')}"
+            form = f"dtype={self._value(t.dtype, 'c')}, device={self._value(self.where, 'c')}"
             made = f"{self._value(make, 'make')}({(*t.shape,)}, {form})"
         self.steps[-1].append(f"{name} = {made}")
         self._call_new(t, name)
