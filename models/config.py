@@ -16,6 +16,7 @@ IGNORED = frozenset(
 # Read by Rotary.from_hf, in both spellings (facts of transformers 4 and 5).
 ROTARY = frozenset("rope_theta rope_scaling rope_parameters partial_rotary_factor rope_local_base_freq".split())
 _REQUIRED = object()
+MOST = 1024  # layers, or experts of one: published are 126 and 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +54,19 @@ class ConfigReader:
             return default
         return value
 
-    def size(self, name: str, default: Any = _REQUIRED, *, least: int = 1) -> int:
+    def size(self, name: str, default: Any = _REQUIRED, *, least: int = 1, most: int = 2**31 - 1) -> int:
         """An integer field, positive unless ``least`` says otherwise."""
         value = self.take(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
             raise ValueError(f"{self._where}: field {name!r} is {value!r}, expected {expected}")
+        if value > most:
+            raise ValueError(f"{self._where}: field {name!r} is {value}, expected at most {most}")
         return value
+
+    def layers(self, default: int) -> int:
+        """``num_hidden_layers``, so many that a list of their names fits into memory."""
+        return self.size("num_hidden_layers", default, most=MOST)
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
         """A finite number above zero."""
@@ -119,7 +126,7 @@ class ConfigReader:
         name = "num_local_experts" if "num_local_experts" in self.raw else "num_experts"
         coefficient = self.take("router_aux_loss_coef", 0.001) and self.number("router_aux_loss_coef", 0.001)
         found = Experts(
-            count=self.size(name, count),
+            count=self.size(name, count, most=MOST),
             top_k=self.size("num_experts_per_tok", top_k),
             renormalise=self.flag("norm_topk_prob", False) if renormalise is None else renormalise,
             balance_coefficient=float(coefficient) if self.flag("output_router_logits", False) else 0.0,

@@ -72,7 +72,7 @@ class Config:
         config = Config(
             hidden_size=width,
             intermediate_size=read.size("ffn_hidden_size", 4 * width),
-            num_hidden_layers=read.size("num_hidden_layers", 32),
+            num_hidden_layers=read.layers(32),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=width // heads,

@@ -72,7 +72,7 @@ class Config:
         read.expect("use_bidirectional_attention", False)
         for name in ("cache_implementation", "sliding_window_size"):  # how to generate; a copy of sliding_window
             read.take(name, None)
-        layers = read.size("num_hidden_layers", L)
+        layers = read.layers(L)
         heads, head_dim = read.size("num_attention_heads", H), read.size("head_dim", 256)
         positions = read.size("max_position_embeddings", P)
         hf = {**raw, "max_position_embeddings": positions}

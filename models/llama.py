@@ -62,7 +62,7 @@ class Config:
         config = Config(
             hidden_size=width,
             intermediate_size=read.size("intermediate_size", 11008),
-            num_hidden_layers=read.size("num_hidden_layers", 32),
+            num_hidden_layers=read.layers(32),
             num_attention_heads=heads,
             num_key_value_heads=read.kv_heads(heads, heads),
             head_dim=head_dim,

@@ -60,7 +60,7 @@ class Config:
         read = ConfigReader(raw)
         read.expect("hidden_act", "silu")
         read.expect("attention_dropout", 0, 0.0)
-        layers = read.size("num_hidden_layers", 32)
+        layers = read.layers(32)
         mixtral = raw.get("model_type") == "mixtral"
         experts = None
         if mixtral:

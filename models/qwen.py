@@ -69,7 +69,7 @@ class Config:
         qwen3 = moe or raw.get("model_type") == "qwen3"
         if qwen3:
             read.expect("attention_bias", False)
-        layers = read.size("num_hidden_layers", 24 if moe else 32)
+        layers = read.layers(24 if moe else 32)
         has = [{"q_norm", "k_norm"} if qwen3 else {"qkv_bias"} for _ in range(layers)]
         experts, dense, step = None, list(range(layers)), 1
         if moe:
