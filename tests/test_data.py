@@ -307,6 +307,7 @@ def test_tools_and_calls():
         ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\].content: expected text, got '3'"),
         ({"prompt": "q", "completion": [{"role": "assistant"}]}, "prompt: expected a list of messages, got 'q'"),
         ({"conversations": [{"from": "alien", "value": "q"}]}, r"conversations\[0\]: expected .* one of human"),
+        ({"conversations": [{"from": ["human"], "value": "q"}]}, r"conversations\[0\]: expected .* one of human"),
         ({"conversations": [{"from": "function_call", "value": "{"}]}, r"conversations\[0\].value: not valid JSON"),
         ({"conversations": 3}, "conversations: expected a list"),
         ({"instruction": "q", "output": 3}, "output: expected text"),

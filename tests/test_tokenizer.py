@@ -95,6 +95,14 @@ def test_properties(pair):
     assert ours.token_to_id("no such token") is None and ours.chat_template is None
 
 
+def test_half_a_surrogate_pair_is_no_text(pair):
+    """JSON can spell it, so data files can hold it."""
+    text = json.loads('"a \\ud83d b"')
+    for encode in (pair[0].encode, pair[0].encode_with_offsets):
+        with pytest.raises(ValueError, match=r"text has half a surrogate pair, '\\ud83d' at character 2: no Unicode"):
+            encode(text)
+
+
 @given(text=texts)
 def test_offsets_tile_the_text(pair, text):
     ids, offsets = pair[0].encode_with_offsets(text)

@@ -181,7 +181,7 @@ def _sharegpt(row: Mapping[str, Any]) -> list[Message]:
         messages.append({"role": "system", "content": row["system"]})
     for i, turn in enumerate(turns):
         speaker = turn.get("from") if isinstance(turn, Mapping) else None
-        if speaker not in _SHAREGPT_ROLES or not isinstance(turn.get("value"), str):
+        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES or not isinstance(turn.get("value"), str):
             expected = ", ".join(_SHAREGPT_ROLES)
             raise ValueError(
                 f"conversations[{i}]: expected {{from, value}} with from one of {expected}; got {str(turn)[:60]!r}"

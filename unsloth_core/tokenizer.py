@@ -122,7 +122,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`; with `add_special_tokens`, between the ids the model expects around a text."""
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        ids = self._encoding(text).ids
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[Span]]:
@@ -130,8 +130,20 @@ class Tokenizer:
 
         Tokens that share a character (one character of several bytes) have the same offsets.
         """
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         return encoding.ids, encoding.offsets
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
+        """Raises ValueError for half a character, which JSON can spell (\\ud83d) and UTF-8 cannot."""
+        try:
+            return self.backend.encode(text, add_special_tokens=False)
+        except TypeError:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                half = f"{text[error.start]!r} at character {error.start}"
+                raise ValueError(f"text has half a surrogate pair, {half}: no Unicode") from None
+            raise
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; incomplete UTF-8 becomes U+FFFD (see `Streamer` for decoding piece by piece)."""
