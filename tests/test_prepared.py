@@ -226,6 +226,24 @@ def test_large_memory_is_given_back_as_early_as_can_be(monkeypatch):
     assert len(freed) == 8 and len(steps) == 10, "of nine tensors all but the last"
 
 
+def test_what_a_kernel_asks_for_and_its_tensors_are_addresses(monkeypatch):
+    """As on a GPU, where the launcher's function is called; two pieces of scratch lie in one allocation."""
+    given = []
+
+    def again(step):
+        tensors = [device.Address(t) for t in step.args if isinstance(t, torch.Tensor)]
+        return (lambda *words: given.append(words)), (device.STREAM, device.Memory(100), device.Memory(1000), *tensors)
+
+    monkeypatch.setattr(device, "again", again)
+    for _ in range(4):
+        x, w = rand(5, 48), rand(48)
+        y = ops.rms_norm(x, w)
+        if given:
+            (stream, one, other, *addresses), _ = given.pop(), y
+            assert stream == device.current_stream(x.get_device()) and other - one == 512
+            assert addresses == [x.data_ptr(), w.data_ptr(), y.data_ptr()]
+
+
 @pytest.mark.parametrize("then", [lambda out: out.sum().item(), lambda out: out.nonzero()])
 def test_what_depends_on_numbers_is_never_prepared(then, uses):
     f = prepared.prepared(halves)
