@@ -50,8 +50,8 @@ from unsloth_core import tree  # noqa: E402
 BOUND = {torch.bfloat16: 2**-6, torch.float32: 2**-20}
 LEAST_ROUNDS = 3
 # A turn's calls before those that are timed: so long, but not more than so many. In turns of three calls of 10 ms that
-# followed a hotter or a cooler kernel, medians differed by 7 %, so two calls of three felt it; calls under 3 ms do not
-# keep a GPU at its power limit, with the sleep before each.
+# followed a hotter or a cooler kernel, medians differed by 7 %, so two calls of three felt it. Shorter calls have the
+# sleep before each to cool in, and would need hundreds.
 LEAD_MS, LEAD_CALLS = 25.0, 8
 RATIOS = {"ratio_to_cudnn": "sdpa cudnn", "ratio_to_flash": "sdpa flash"}
 Call = Callable[[], Any]
