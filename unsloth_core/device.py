@@ -187,9 +187,6 @@ def straight(index: int) -> bool:
 
 # PyTorch's own, without asking whether CUDA has begun: an argument is there already.
 _current: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-# Memory of the current device, of a size, strides and dtype, without PyTorch's dispatcher: as its own compiler has it.
-_GUARDS = torch._C._dynamo.guards  # type: ignore[attr-defined]
-empty_cuda: Callable[..., Tensor] | None = getattr(_GUARDS, "_empty_strided_cuda", None)
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0)
 
 

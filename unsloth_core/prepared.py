@@ -240,12 +240,9 @@ class _Writer:
             self.large[name], self.last[name] = [], len(self.steps) - 1
 
     def _empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> str:
-        """New memory. ``torch.empty`` takes longer; in deterministic mode PyTorch's own ways fill it."""
-        kind = self._value(dtype, "c")
-        if self.where.type == "cuda" and device.empty_cuda and not torch.are_deterministic_algorithms_enabled():
-            return f"{self._value(device.empty_cuda, 'empty_cuda')}({shape}, {strides}, {kind})"
+        """New memory. (``torch.empty`` takes longer.)"""
         made = self._value(torch.empty_strided, "empty_strided")
-        return f"{made}({shape}, {strides}, dtype={kind}, device={self._value(self.where, 'c')})"
+        return f"{made}({shape}, {strides}, dtype={self._value(dtype, 'c')}, device={self._value(self.where, 'c')})"
 
     def _add_launch(self, step: device.Launch) -> None:
         function, words = device.again(step)
