@@ -17,14 +17,3 @@ P       rows sorted by expert, N·T of them
 
 Names carry their letters as a suffix: ``x_ND`` is (tokens, model width), ``gate_up_2FD`` a stacked weight of 2·F rows.
 """
-
-from jaxtyping import Float, Int
-from torch import Tensor
-
-FloatND = Float[Tensor, "N D"]
-FloatNHK = Float[Tensor, "N H K"]
-FloatNGK = Float[Tensor, "N G K"]
-FloatNV = Float[Tensor, "N V"]
-IntN = Int[Tensor, "N"]
-IntBT = Int[Tensor, "B T"]
-Scalar = Float[Tensor, ""]
