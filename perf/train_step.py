@@ -342,7 +342,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="each is measured: plan (what fits into --memory, the default with it), default (the default without), "
         "recompute, or calls to keep such as attn,mid=offload,tile=2048 (peers: default, recompute)",
     )
-    parser.add_argument("--embed", choices=random_model.PLACES, help="where it is, or that it is NF4; a plan may choose")
+    parser.add_argument("--embed", choices=random_model.PLACES, help="where it is, or that it is NF4; a plan chooses")
     parser.add_argument("--head", choices=random_model.PLACES, help="where the head is, or that it is NF4")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="fp32", help="how AdamW stores its moments")
     parser.add_argument("--capture", action="store_true", help="the step as a CUDA graph (ours)")
