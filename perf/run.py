@@ -85,7 +85,7 @@ class Machine:
             self.synchronize()
             return 1e3 * (time.perf_counter() - started)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(int(2000 * min(2 * host_us + 50, 20_000)))  # cycles, 2000 to the microsecond at most
+        torch.cuda._sleep(int(2000 * min(2 * host_us + 50, 200_000)))  # cycles, 2000 to the microsecond at most
         start.record()
         out = call()
         end.record()
