@@ -181,10 +181,11 @@ def test_qwen_of_any_shape(shapes, kind, window, kinds, rope):
     normalised=st.booleans(),
     balance=st.booleans(),
     window=st.sampled_from([None, 3]),
+    rope=ROPES,
 )
-def test_experts_of_any_shape(shapes, experts, width, layers, normalised, balance, window):
+def test_experts_of_any_shape(shapes, experts, width, layers, normalised, balance, window, rope):
     more = {"num_local_experts": experts[0], "num_experts_per_tok": experts[1], "output_router_logits": balance}
-    more |= {"router_aux_loss_coef": 0.3, "sliding_window": window, **shapes}
+    more |= {"router_aux_loss_coef": 0.3, "sliding_window": window, "rope_parameters": rope, **shapes}
     if normalised and not layers:
         assert_conforms(judge("mixtral", intermediate_size=width, **more), "reference")
     more |= {"moe_intermediate_size": width, "norm_topk_prob": normalised, "use_sliding_window": bool(window), **layers}
@@ -229,11 +230,16 @@ def test_phi_of_any_shape(shapes, window, partial, original):
     window=st.sampled_from([1, 3, 60]),
     kinds=LAYER_TYPES,
     caps=st.sampled_from([(None, None), (1.5, None), (None, 2.5), (0.5, 30.0)]),
+    rope=ROPES,
 )
-def test_gemma_of_any_shape(shapes, kind, window, kinds, caps):
-    more = {}
+def test_gemma_of_any_shape(shapes, kind, window, kinds, caps, rope):
+    more = {"rope_parameters": rope}
+    if kind == "gemma3_text":  # each kind of layer has its own; transformers 5.23 looks for truncate beside them
+        rope = {name: value for name, value in rope.items() if name != "truncate"}
+        local = {"rope_type": "default", "rope_theta": 300.0}
+        more = {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
     if kind != "gemma":  # transformers refuses a width that the heads do not divide, though it never divides by them
-        more = {"sliding_window": window, "layer_types": kinds, "query_pre_attn_scalar": 10}
+        more |= {"sliding_window": window, "layer_types": kinds, "query_pre_attn_scalar": 10}
         more |= {"final_logit_softcapping": caps[1]} | ({"attn_logit_softcapping": caps[0]} if kind == "gemma2" else {})
     assert_conforms(judge(kind, **more, **shapes), "reference")
 
