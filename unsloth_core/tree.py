@@ -50,7 +50,8 @@ class Spec(NamedTuple):
     num_leaves: int
     flat: bool = False
 
-    __hash__ = object.__hash__  # keys of dictionaries hold these: equal ones are seldom two objects
+    # By identity, in no time: keys of dictionaries hold these. Two that are equal may both be kept there, as two keys.
+    __hash__ = object.__hash__
 
 
 _LEAF = Spec(None, None, (), 1)
