@@ -237,8 +237,8 @@ class Config(NamedTuple):
 
 # By shape class. On an H100 80GB HBM3, Triton 3.6.0, 128 x 256 x 64 was the best of nine tiles at seven shapes of an
 # 8B model (descriptors with a LoRA step: 1.02 to 1.04 x cuBLAS's plain product, forward and dx; one after the other for
-# half a second, at 700 W, 0.99 x), and 128 x 128 x 64 of six at those of SmolLM2-135M. The others are chosen for
-# occupancy and checked for spills only.
+# half a second, at 700 W, 0.99 x; cold, in short graphs, up to 1.13 x: perf/LOG.md), and 128 x 128 x 64 of six at those
+# of SmolLM2-135M. The others are chosen for occupancy and checked for spills only.
 CONFIGS = {
     "large": Config(128, 256, 64, 8, 3, 16),
     "medium": Config(128, 128, 64, 8, 3),
