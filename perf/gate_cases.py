@@ -43,7 +43,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Further shapes for the cases of perf/ops, which make the arguments of them, in bf16.
 WIDTHS = (64, 128, 256, 512, 1000, 1024, 2048, 16384, 32768, 65536)  # 1000 is not divisible by 16
 SHAPES: dict[str, tuple[Shape, ...]] = {
-    "embedding": tuple((256, 1000, D) for D in (64, 128, 256, 1000)),
+    "embedding": tuple((N, 1000, D) for N in (50, 256) for D in (64, 128, 256, 1000)),
     "rms_norm": tuple((8192, D) for D in WIDTHS),
     "add_rms_norm": tuple((8192, D) for D in WIDTHS),
     "layer_norm": tuple((8192, D) for D in WIDTHS),

@@ -64,11 +64,13 @@ def test_segments_of_chunk_size(length):
     assert not dw[3].any()
 
 
-def test_bits_of_a_row_depend_on_its_own_tokens_alone():
-    """The gradient of an id does not change by a bit when other tokens come and go around it."""
+@pytest.mark.parametrize("D, dtype", [(5, torch.float32), (64, torch.bfloat16), (520, torch.float16)])
+def test_bits_of_a_row_depend_on_its_own_tokens_alone(D, dtype):
+    """The gradient of an id does not change by a bit when other tokens come and go around it: so many that they are
+    sorted, while few are summed in one launch."""
     ids = draw_ids(90, 3, torch.int64, 0)
-    dx = rand((90, 5), seed=1)
-    w = torch.zeros(3, 5, device=DEVICE)
+    dx = rand((90, D), dtype, seed=1)
+    w = torch.zeros(3, D, dtype=dtype, device=DEVICE)
     with backend.using("triton"):
         (together,) = vjp(lambda w: embedding(ids, w), w)[1](dx)
         for row in range(3):

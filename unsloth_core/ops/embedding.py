@@ -17,7 +17,8 @@ How the gradient is summed: ids are sorted (stable, so equal ids keep their toke
 of one row of dw neighbours: a segment, whose bounds ``searchsorted`` finds on the device. A program sums up to 64
 tokens of one segment, in a fixed order, and stores the row of dw once. A longer segment (a frequent token,
 padding) is split from its start into chunks of 64, whose fp32 sums a second kernel adds in order. Every row has
-one writer, so there are no atomics, and its bits depend on its own tokens alone.
+one writer, so there are no atomics, and its bits depend on its own tokens alone. At most 64 tokens need no sorting
+beforehand: a program for each finds its fellows among them, and one launch does all, zeros included, to the same bits.
 
 Source of the idea: sorting ids and splitting long segments, the backward of PyTorch's CUDA embedding for large
 batches.
@@ -127,6 +128,40 @@ def _sum_partials(
             tl.store(dw_ptr + row * D + col, cast(dw, dw_ptr.dtype.element_ty), col < D)
 
 
+@triton.jit
+def _sum_few(
+    ids_ptr, dx_ptr, dw_ptr, N, D, V, ids_token, dx_token, dx_col,
+    scale: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of columns, of at most CHUNK tokens. Programs below N: the row of their token, if it is the first that
+    has this row. Others: zeros for those of ROWS rows that no token has."""
+    program = tl.program_id(0)
+    token = tl.arange(0, CHUNK).to(tl.int64)
+    ids = tl.load(ids_ptr + token * ids_token, token < N, other=-1).to(tl.int64)
+    col = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]).to(tl.int64)
+    if program < N:
+        row = tl.load(ids_ptr + program.to(tl.int64) * ids_token).to(tl.int64)
+        same = (ids == row).to(tl.int32)
+        before = tl.cumsum(same, 0) - same  # a token's place in the segment of its row
+        if (tl.sum(tl.where(token < program, same, 0), 0) == 0) & (row >= 0) & (row < V):
+            length = tl.sum(same, 0)
+            total = tl.zeros([ROWS, BLOCK], tl.float32)
+            for at in range(0, length, ROWS):
+                position = at + tl.arange(0, ROWS)[:, None]
+                here = (before[None, :] == position) & (same[None, :] != 0)
+                its = tl.sum(tl.where(here, token[None, :], 0), 1)[:, None]
+                inside = (position < length) & (col < D)
+                total += tl.load(dx_ptr + its * dx_token + col * dx_col, inside, other=0.0).to(tl.float32)
+            total = tl.sum(total, axis=0, keep_dims=True)
+            dw = total * _rounded_scale(scale, dw_ptr.dtype.element_ty)
+            tl.store(dw_ptr + row * D + col, cast(dw, dw_ptr.dtype.element_ty), col < D)
+    else:
+        rows = (program - N).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        taken = tl.max((ids[None, :] == rows[:, None]).to(tl.int32), 1)
+        zeros = tl.zeros([ROWS, BLOCK], dw_ptr.dtype.element_ty)
+        tl.store(dw_ptr + rows[:, None] * D + col, zeros, ((taken == 0) & (rows < V))[:, None] & (col < D))
+
+
 def _tile(D: int) -> tuple[int, int]:
     """(rows, block of columns) of a program."""
     block = min(512, next_power_of_2(max(1, D)))
@@ -191,25 +226,31 @@ def embedding_bwd(residuals: Any, dx: Tensor, *, needs: Any, scale: float = 1.0)
         return ABSENT, ABSENT
     ids_N, w_VD = residuals
     (N,), (V, D) = ids_N.shape, w_VD.shape
+    rows, block = _tile(D)
+    columns = cdiv(D, block)
+    if 0 < N <= _CHUNK:
+        dw_VD = torch.empty((V, D), dtype=w_VD.dtype, device=w_VD.device)
+        launch(
+            _sum_few, (N + cdiv(V, rows), columns), ids_N, dx, dw_VD, N, D, V, *ids_N.stride(), *dx.stride(),
+            scale=scale, CHUNK=_CHUNK, ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        return ABSENT, dw_VD
     dw_VD = torch.zeros((V, D), dtype=w_VD.dtype, device=w_VD.device)
     sorted_N, order_N = torch.sort(ids_N, stable=True)
     starts_N = torch.searchsorted(sorted_N, sorted_N, out_int32=True)
     ends_N = torch.searchsorted(sorted_N, sorted_N, right=True, out_int32=True)
     chunks = cdiv(N, _CHUNK)
     partial = torch.empty((2 * chunks, D), dtype=torch.float32, device=w_VD.device)
-    rows, block = _tile(D)
-    columns = cdiv(D, block)
     launch(
         _sum_chunks, (N, columns),
         sorted_N, order_N, starts_N, ends_N, dx, dw_VD, partial, D, V, *dx.stride(),
         scale=scale, CHUNK=_CHUNK, ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    if N > _CHUNK:
-        launch(
-            _sum_partials, (chunks, columns),
-            sorted_N, starts_N, ends_N, dw_VD, partial, N, D, V,
-            scale=scale, CHUNK=_CHUNK, BLOCK=block, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _sum_partials, (chunks, columns),
+        sorted_N, starts_N, ends_N, dw_VD, partial, N, D, V,
+        scale=scale, CHUNK=_CHUNK, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
     return ABSENT, dw_VD
 
 
