@@ -120,9 +120,13 @@ def _quantize_kernel(
 
 @triton.jit
 def _quantize_absmax_kernel(
-    absmax, offset, midpoints, codes, nested_absmax, blocks, ROWS: tl.constexpr, NESTED_BLOCK: tl.constexpr
+    absmax, offset, points, midpoints, codes, nested_absmax, nested_code, blocks,
+    ROWS: tl.constexpr, NESTED_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``absmax - offset``, ROWS blocks of NESTED_BLOCK, to the nearest entries of the signed 8-bit map."""
+    """``absmax - offset``, ROWS blocks of NESTED_BLOCK, to the nearest entries of the signed 8-bit map, copied too."""
+    if tl.program_id(0) == 0:
+        entry = tl.arange(0, 256)
+        tl.store(nested_code + entry, tl.load(points + entry))
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     element = row[:, None] * NESTED_BLOCK + tl.arange(0, NESTED_BLOCK)[None, :]
     inside = element < blocks
@@ -257,14 +261,15 @@ def _quantize(t_MC: Tensor, *, double_quant: bool, block: int) -> NF4:
     nested = ABSENT
     if double_quant:
         offset = absmax.mean()
-        code_256, midpoints = tables(where, True)
         q = torch.empty(blocks, dtype=torch.uint8, device=where)
         nested_absmax = torch.empty(device.cdiv(blocks, NESTED_BLOCK), dtype=torch.float32, device=where)
+        code_256 = torch.empty(256, dtype=torch.float32, device=where)
+        grid = (max(1, device.cdiv(blocks, 4 * NESTED_BLOCK)),)  # the map is copied of no blocks too
         device.launch(
-            _quantize_absmax_kernel, (device.cdiv(blocks, 4 * NESTED_BLOCK),), absmax, offset, midpoints, q,
-            nested_absmax, blocks, ROWS=4, NESTED_BLOCK=NESTED_BLOCK, num_warps=4, enable_fp_fusion=False,
+            _quantize_absmax_kernel, grid, absmax, offset, *tables(where, True), q, nested_absmax, code_256, blocks,
+            ROWS=4, NESTED_BLOCK=NESTED_BLOCK, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-        absmax, nested = q, Nested(absmax_P=nested_absmax, code_256=code_256.clone(), offset=offset)
+        absmax, nested = q, Nested(absmax_P=nested_absmax, code_256=code_256, offset=offset)
     return NF4(
         codes=codes, absmax=absmax, nested=nested, shape=(t_MC.shape[0], t_MC.shape[1]), dtype=t_MC.dtype, block=block
     )
