@@ -188,3 +188,22 @@ def test_any_number_of_programs(programs, monkeypatch):
     """The split of the keys is a matter of speed: empty shares and a share for one alone give the same."""
     monkeypatch.setattr(op, "_tiles", lambda *_: Tiles(16, 4, 1, programs))
     assert_right((*cache([64, 3], 64, 4, 2, 16, 1, torch.float32, 2), ABSENT), torch.float32)
+
+
+@pytest.mark.parametrize("K", [33, 64, 96, 128, 192, 256] if DEVICE.type == "cuda" else [16, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 3])
+def test_one_program_for_all_keys_of_a_row(dtype, K, T):
+    """It writes the result itself, with the bits of a single part that is merged, as it is with sinks; in gaps too."""
+    q, k, v, _, kv, _ = cache([16, 2, 9], 16, 4, 2, K, T, dtype, 0)
+    q = rand((3 * T + 5, 4, K), dtype, seed=4)
+    starts = ints([0, T + 2, 2 * T + 3])
+    args = (q, k, v, Segments(starts_S=starts, ends_S=starts + T, max_len=T), kv)
+    assert_right((*args, ABSENT, ABSENT), dtype)
+    no_weight = torch.full((4,), -1e4, device=DEVICE)
+    with backend.using("triton"):
+        once = attention_decode(*args, return_lse=True)
+        merged = attention_decode(*args, ABSENT, no_weight, return_lse=True)
+        assert torch.equal(attention_decode(*args), once[0])
+    assert all(torch.equal(a, b) for a, b in zip(once, merged, strict=True))
+    assert (once[1] == float("-inf")).all(1).sum() == 5 + max(0, T - 2)

@@ -157,6 +157,7 @@ TABLE: dict[tuple[str, int], Launch] = {  # by device class and largest head siz
 }
 # fmt: on
 _ROWS = 64  # of a program of _delta
+_FEW = 4  # tiles of queries, one after the other, take no longer than to launch what adds up shares of them
 # Unequal, and small enough that a test of a hundred tokens walks several blocks in both directions.
 INTERPRETED = Launch(Tiles(64, 32, 4, 1), Tiles(32, 64, 4, 1), Tiles(64, 32, 4, 1))
 
@@ -489,8 +490,13 @@ def _dq(
     lse, delta = _statistics(
         delta, wide, ok, L, DLSE, SINKS, PARTS, i // BM, tl.cdiv(N, BM), head, l_n, l_h, dl_n, dl_h
     )
-    tl.store(LSE + head.to(tl.int64) * P + i + r, lse, mask=ok)
-    tl.store(DELTA + head.to(tl.int64) * P + i + r, delta, mask=ok)
+    own = head.to(tl.int64) * P + i + r
+    tl.store(LSE + own, lse)
+    tl.store(DELTA + own, delta)
+    if i + BM >= N:  # what is behind the last row is multiplied by zeros, so it has to be finite
+        for behind in range(BM, P - i, BM):
+            tl.store(LSE + own + behind, tl.zeros_like(lse), mask=i + behind + r < P)
+            tl.store(DELTA + own + behind, tl.zeros_like(delta), mask=i + behind + r < P)
 
     c = tl.arange(0, BN)
     dq, dq2 = tl.zeros((BM, K1), tl.float32), tl.zeros((BM, W2), tl.float32)
@@ -628,8 +634,7 @@ def attention_bwd(
     parts = None
     if sinks is not ABSENT and needs[5]:
         parts = torch.empty((H, device.cdiv(P if apart else N, rows)), dtype=torch.float32, device=where)
-    # What is behind the last row is multiplied by zeros, so it has to be finite.
-    lse_h, delta = (torch.empty if apart else torch.zeros)((2, H, P), dtype=torch.float32, device=where).unbind()
+    lse_h, delta = torch.empty((2, H, P), dtype=torch.float32, device=where).unbind()
     dlse = None if dlse is ABSENT else dlse
     of_rows = (*o.stride(), *do.stride()) if apart else o.stride()
     of_rows = (*of_rows, *lse.stride(), *((0, 0) if dlse is None else dlse.stride()))
@@ -651,6 +656,8 @@ def attention_bwd(
     tiles = launch.dkdv
     keys = attention_hopper_bwd.TABLE[K].keys if fused else tiles.keys
     count = shares(device.cdiv(M, keys) * G, group, device.sms(where))
+    if group * device.cdiv(q_segments.max_len, tiles.queries) <= _FEW:
+        count = 1
     dk_to, dv_to, adds = dk, dv, add
     if count > 1:
         empty = functools.partial(torch.empty, (count, M, G, K), dtype=torch.float32, device=where)

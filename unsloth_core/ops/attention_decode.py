@@ -8,6 +8,7 @@ lse, makes the gradients.
 What costs time is reading the cache once. The query heads that share a key head are rows of the same tile, so no key is
 read twice; and the keys of a segment are split over enough programs to fill the machine, each of which writes its
 normalised part of o and its lse. A second kernel merges the parts of a row in their order: the same bits in every run.
+Where sequences are many, one part is the whole row (unless there are sinks) and is written as the result.
 How many programs there are follows from the capacity (``kv_segments.max_len``), which is fixed; what each of them does
 from the lengths, which are on the device: no step waits for the host, and none changes a shape. A block of keys reads
 the last visible row again for rows behind the end, so nothing outside of a sequence is ever touched.
@@ -60,9 +61,10 @@ def _attend(
     q_n, q_h, q_k, k_m, k_g, k_k, v_m, v_g, v_k, pages_s, splits, inner, outer, window,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     BM: tl.constexpr, FOLD: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
-    CAUSAL: tl.constexpr, NEGATE: tl.constexpr,
+    CAUSAL: tl.constexpr, NEGATE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """All query rows of one segment, for the heads of one key head, against one share of the keys."""
+    """All query rows of one segment, for the heads of one key head, against one share of the keys. WHOLE: that is all
+    of them, and what is written is the result, in its dtype and also where no row sees anything."""
     W2: tl.constexpr = K2 if K2 > 0 else 16
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     program = tl.program_id(0)
@@ -134,14 +136,22 @@ def _attend(
     empty = l == 0
     l = tl.where(empty, 1.0, l)
     to = (split.to(tl.int64) * N + row) * (GROUPS * GROUP) + head
-    tl.store(PL + to, tl.where(empty, float("-inf"), m + tl.log2(l) * LN2), mask=ok)
+    if PL is not None:
+        tl.store(PL + to, tl.where(empty, float("-inf"), m + tl.log2(l) * LN2), mask=ok)
     channel = tl.arange(0, K1)
-    tl.store(PO + to[:, None] * HEAD + channel[None, :], acc / l[:, None], mask=ok[:, None] & (channel < HEAD)[None, :])
+    inside = ok[:, None] & (channel < HEAD)[None, :]
+    tl.store(PO + to[:, None] * HEAD + channel[None, :], cast(acc / l[:, None], PO.dtype.element_ty), mask=inside)
     if K2 > 0:
         channel = K1 + tl.arange(0, K2)
-        tl.store(
-            PO + to[:, None] * HEAD + channel[None, :], acc2 / l[:, None], mask=ok[:, None] & (channel < HEAD)[None, :]
-        )
+        inside = ok[:, None] & (channel < HEAD)[None, :]
+        tl.store(PO + to[:, None] * HEAD + channel[None, :], cast(acc2 / l[:, None], PO.dtype.element_ty), mask=inside)
+    if WHOLE:
+        WIDTH: tl.constexpr = 2 * K1 if K2 > 0 else K1
+        for each in range(GROUP):
+            _clear_around(
+                PO, PL, q_starts, q_ends, segment, tl.num_programs(0) // GROUPS, N, group * GROUP + each,
+                GROUPS * GROUP, HEAD, WIDTH,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -177,12 +187,21 @@ def _merge(
         if L is not None:
             tl.store(L + row, tl.where(empty, float("-inf"), top + tl.log2(total) * LN2))
     if token == 0:
-        before = tl.load(q_ends + segment - 1, mask=segment > 0, other=0)
-        behind = tl.where(segment == S - 1, N, end)
-        for gap in range(before, start):
-            _clear(O, L, gap, head, HEADS, HEAD, WIDTH)
-        for gap in range(end, behind):
-            _clear(O, L, gap, head, HEADS, HEAD, WIDTH)
+        _clear_around(O, L, q_starts, q_ends, segment, S, N, head, HEADS, HEAD, WIDTH)
+
+
+@triton.jit
+def _clear_around(
+    O, L, q_starts, q_ends, segment, S, N, head, HEADS: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Rows in the gap before a segment and, behind the last one, to the end."""
+    start, end = tl.load(q_starts + segment), tl.minimum(tl.load(q_ends + segment), N)
+    before = tl.load(q_ends + segment - 1, mask=segment > 0, other=0)
+    behind = tl.where(segment == S - 1, N, end)
+    for gap in range(before, start):
+        _clear(O, L, gap, head, HEADS, HEAD, WIDTH)
+    for gap in range(end, behind):
+        _clear(O, L, gap, head, HEADS, HEAD, WIDTH)
 
 
 @triton.jit
@@ -311,7 +330,7 @@ def attend(
     softcap: float | None,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Both launches, for arguments that were checked."""
+    """Both launches, for arguments that were checked; the first alone where one program has all keys of a row."""
     (N, H, K), (M, G, _), where = q.shape, k.shape, q.device
     S, group = q_segments.starts_S.shape[0], H // G
     tiles = _tiles(q.dtype, K, device.capability(where))
@@ -322,22 +341,24 @@ def attend(
     lse = torch.empty((N, H), dtype=torch.float32, device=where) if with_lse else None
     if M == 0 or S == 0:  # no row sees anything
         return o.zero_(), None if lse is None else lse.fill_(float("-inf"))
-    parts = torch.empty((splits, N, H, K), dtype=torch.float32, device=where)
-    parts_lse = torch.empty((splits, N, H), dtype=torch.float32, device=where)
+    whole = splits == 1 and sinks is ABSENT
+    parts = o if whole else torch.empty((splits, N, H, K), dtype=torch.float32, device=where)
+    parts_lse = lse if whole else torch.empty((splits, N, H), dtype=torch.float32, device=where)
     device.launch(
         _attend, (S * G * splits,), q, k, v, None if pages is ABSENT else pages, parts, parts_lse,
         q_segments.starts_S, q_segments.ends_S, kv_segments.starts_S, kv_segments.ends_S, N, M,
         *q.stride(), *k.stride(), *v.stride(), 0 if pages is ABSENT else pages.stride(0),
         splits, *factors(K, scale, softcap)[:2], window, G, group, K, *pieces(K), tokens * fold, fold, tiles.keys, page,
-        causal, scale is not None and scale < 0,
+        causal, scale is not None and scale < 0, whole,
         num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
     )  # fmt: skip
-    device.launch(
-        _merge, (S * tokens * H,), parts, parts_lse, None if sinks is ABSENT else sinks, o, lse,
-        q_segments.starts_S, q_segments.ends_S, S, N, splits,
-        H, K, device.next_power_of_2(K), tokens, device.next_power_of_2(splits),
-        num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+    if not whole:
+        device.launch(
+            _merge, (S * tokens * H,), parts, parts_lse, None if sinks is ABSENT else sinks, o, lse,
+            q_segments.starts_S, q_segments.ends_S, S, N, splits,
+            H, K, device.next_power_of_2(K), tokens, device.next_power_of_2(splits),
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
     return o, lse
 
 
