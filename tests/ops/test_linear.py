@@ -189,10 +189,12 @@ PASSES = [n for n in low_rank.CONFIGS if n != "both sides" and (n == "interprete
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("ranks", [(16,), (8,), (33,), (16, 16, 16), (5, 0, 40)])
 @pytest.mark.parametrize("n, aligned", [(200, True), (67, False)])
-def test_thin_passes_are_exact_in_every_configuration(name, ranks, n, aligned, monkeypatch):
+@pytest.mark.parametrize("few", [0, 256])
+def test_thin_passes_are_exact_in_every_configuration(name, ranks, n, aligned, few, monkeypatch):
     """Sums of integers up to 200, which every dtype holds: a row, rank or column out of its place shows."""
     config = low_rank.CONFIGS[name]
     monkeypatch.setattr(low_rank, "CONFIGS", dict.fromkeys(low_rank.CONFIGS, config))
+    monkeypatch.setattr(low_rank, "FEW", few)
     clear = (low_rank._thin.cache_clear, low_rank._cut.cache_clear)
     [f() for f in clear]
     c = 192 if aligned else 131
@@ -214,9 +216,9 @@ def test_thin_passes_are_exact_in_every_configuration(name, ranks, n, aligned, m
     want_b = [True for _ in which.parts]
     for _ in range(1 if device.interpreting() else 20):
         how = low_rank.cut(which, n, True, want_b, DEVICE)
-        a_RC, v_MR = low_rank.packed(which, torch.bfloat16)
+        u, v_MR = low_rank.forward(which, x)
+        t, a_RC, arrived = low_rank.backward(which, dy, how.counters, pack=True)
         assert torch.equal(a_RC.float(), a) and torch.equal(v_MR.float(), v)
-        u, (t, arrived) = low_rank.u_of(x, a_RC), low_rank.t_of(which, dy, v_MR, how.counters)
         assert torch.equal(u.double(), want_u) and torch.equal(t.double(), want_t)
         da, db = low_rank.gradients(which, x, t, dy, u, arrived, how, want_b)
         assert torch.equal(torch.cat(da).double(), (want_t.T @ x.double())[:low])
@@ -226,6 +228,22 @@ def test_thin_passes_are_exact_in_every_configuration(name, ranks, n, aligned, m
             low_i += r
     monkeypatch.undo()
     [f() for f in clear]
+
+
+@pytest.mark.parametrize("rows, ranks", [((64,), (4,)), ((300, 212), (16, 16)), ((29, 7), (33, 5))])
+@pytest.mark.parametrize("n, c", [(8, 64), (40, 512), (256, 131)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_thin_passes_over_leaves_give_the_bits_of_packed_ones(n, c, rows, ranks, dtype, monkeypatch):
+    if device.interpreting():
+        rows = tuple(min(m, 40) for m in rows)
+        n, c = min(n, 40), c // 4
+    parts = tuple(LoRA(a=rand((r, c), seed=r), b=rand((m, r), seed=m), scale=0.3) for m, r in zip(rows, ranks))
+    which = low_rank.adapters(Adapted(base=ABSENT, parts=parts, rows=rows), (sum(rows), c))
+    x, dy, found = rand((n, c), dtype, seed=1), rand((sum(rows), n), dtype, seed=2).T, []
+    for few in (0, n):
+        monkeypatch.setattr(low_rank, "FEW", few)
+        found.append((*low_rank.forward(which, x), *low_rank.backward(which, dy, 0, pack=True)[:2]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("ranks, rows", [((16, 16), (768, 768)), ((16,), (600,)), ((1, 16, 5), (64, 300, 7))])
@@ -289,8 +307,10 @@ def test_frozen_weights_cost_no_residual_and_nothing_is_copied():
 
 
 @pytest.mark.parametrize("kind, decoding", [("dense", 0), ("nf4", 1), ("stacked", 2)])
-def test_launches_of_an_adapted_weight(kind, decoding, monkeypatch):
-    """Three forward and four backward, however many adapters; PyTorch makes tensors and views, no launch."""
+@pytest.mark.parametrize("n, fewer", [(48, 1), (300, 0)])
+def test_launches_of_an_adapted_weight(kind, decoding, n, fewer, monkeypatch):
+    """Three forward and four backward, however many adapters; PyTorch makes tensors and views, no launch. Of few tokens
+    one less each."""
     launched, called = [], []
     monkeypatch.setattr(device, "launch", lambda kernel, *_, **__: launched.append(kernel.__name__))
     monkeypatch.setattr(device, "straight", lambda _: False)  # prepared calls launch without it
@@ -308,17 +328,17 @@ def test_launches_of_an_adapted_weight(kind, decoding, monkeypatch):
     w = Adapted(base=base, parts=parts, rows=rows)
     trained = LoRA(a=True, b=True, scale=0.7)
     needs = (True, Adapted(base=tree.map(lambda _: False, base), parts=(trained,) * 3, rows=rows), ABSENT, ABSENT)
-    x, dy = rand((48, 64), torch.bfloat16, seed=1), rand((48, 64), torch.bfloat16, seed=2)
+    x, dy = rand((n, 64), torch.bfloat16, seed=1), rand((n, 64), torch.bfloat16, seed=2)
     nf4.table(x.device)  # made once
     with backend.using("triton"):
         launched.clear()
         with Watch():
             _, residuals = ops.linear_fwd(x, w, needs=needs)
-        assert len(launched) == 3 + decoding, launched
+        assert len(launched) == 3 + decoding - fewer, launched
         launched.clear()
         with Watch():
             ops.linear_bwd(residuals, dy, needs=needs)
-        assert len(launched) == 4 + decoding, launched
+        assert len(launched) == 4 + decoding - fewer, launched
     assert set(called) <= {"empty", "new_empty", "permute", "view", "split_with_sizes", "detach"}, called
 
 

@@ -10,8 +10,9 @@ step on the accumulator of one base product; bias and add join in the same epilo
 
 Launches, of a dense frozen base with adapters: forward 3, one for a and v of all adapters, one for u
 (:mod:`.low_rank`) and one :mod:`.product`; backward 4, one for a and v, one for t, the product, and one for dA and dB
-of all adapters. Of a large dy, t and dB come from one pass. Without adapters one each way. An NF4 part adds one to each
-that decodes it. With dropout on the adapters' inputs nothing is shared between adapters (:mod:`.low_rank_dropout`).
+of all adapters. Of few tokens the first two are one. Of a large dy, t and dB come from one pass. Without adapters one
+each way. An NF4 part adds one to each that decodes it. With dropout on the adapters' inputs nothing is shared between
+adapters (:mod:`.low_rank_dropout`).
 
 Residuals: x if a dense weight or an adapter needs its gradient, and the weight node itself: arguments, 0 new bytes; and
 u, N·R elements, for the gradient of a B_i, unless its input is dropped out. a and v are rebuilt in backward.
@@ -70,8 +71,7 @@ def linear_fwd(
         if dropped:
             u_NR, v_MR = low_rank_dropout.forward(w, which, x)
         else:
-            a_RC, v_MR = low_rank.packed(which, x.dtype)
-            u_NR = low_rank.u_of(x, a_RC)
+            u_NR, v_MR = low_rank.forward(which, x)
         update, blocks = (u_NR, v_MR.T), which.blocks
     if coded:
         y = _product_with_codes(x, base, bias, flat, update)
@@ -134,8 +134,7 @@ def input_gradient(w: Weight, dy_NM: Tensor, *, needs: Any, u_NR: Any = ABSENT) 
         else:
             how = low_rank.cut(which, dy.shape[0], wants_a, want_b, dy.device)
             if needs[0] or wants_a:
-                a_RC, v_MR = low_rank.packed(which, dy.dtype)
-                t, arrived = low_rank.t_of(which, dy, v_MR, how.counters)
+                t, a_RC, arrived = low_rank.backward(which, dy, how.counters, pack=needs[0])
                 update = (t, a_RC)
             else:
                 t, arrived = ABSENT, dy.new_zeros(how.counters, dtype=torch.int32)
@@ -185,8 +184,7 @@ def _u(which: Any, x_NC: Tensor, spare: Any) -> Tensor:
     """u as forward kept it, or made again, to the same bits."""
     if spare is not ABSENT and spare.value is not ABSENT:
         return spare.value
-    x = _matrix(x_NC, "x")
-    return low_rank.u_of(x, low_rank.packed(which, x.dtype)[0])
+    return low_rank.forward(which, _matrix(x_NC, "x"))[0]
 
 
 linear = custom_vjp(linear_fwd, linear_bwd)

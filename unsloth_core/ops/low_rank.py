@@ -8,8 +8,10 @@ x (N, C), dy (N, M), u and t (N, R); R is the sum of the ranks, padded with zero
 
 :func:`packed` writes a and v in the dtype of the tokens: they are operands of these passes, which read them once for
 every 32 tokens, and of the base product. From the fp32 leaves each warp would fetch twice the bytes, and round them
-again. :func:`u_of` and :func:`t_of` read x and dy once for all adapters. :func:`both_sides` makes t and all dB_i from
-one pass over a large dy: t as fp32 sums over 256 columns, which a second kernel adds.
+again; that costs few tokens less than a launch, so up to FEW of them read leaves, to the same bits, while other
+programs pack what the base product will read. :func:`forward` and :func:`backward` read x and dy once for all adapters.
+:func:`both_sides` makes t and all dB_i from one pass over a large dy: t as fp32 sums over 256 columns, which a second
+kernel adds.
 
 Blocks are ranks x tokens, or ranks x columns, with at most 32 ranks: on Hopper that makes them products of one warp
 (mma.sync). Reads bound these kernels, and with 64 tokens x 16 ranks on the tensor cores of a warp group (wgmma) ptxas
@@ -45,18 +47,33 @@ from .language import cast, dot
 
 
 @triton.jit
-def _u_kernel(
-    x, a, u, N, C, R, x_n, x_c,
+def _rows_of_a(a, ranks, r, C):
+    """Where each rank's row of a begins, in one of the leaves, and how many ranks there are."""
+    at = a[0] + r.to(tl.int64) * C
+    low = 0
+    for i in tl.static_range(len(a)):
+        at = tl.where(r >= low, a[i] + (r - low).to(tl.int64) * C, at)
+        low += ranks[i]
+    return at, low
+
+
+@triton.jit
+def _u(
+    x, a, ranks, u, N, C, R, x_n, x_c, program,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """u of some tokens, for some ranks of whatever adapters."""
+    """u of some tokens, for some ranks of whatever adapters. ``a``: packed, or with ``ranks`` the leaves."""
     blocks_r = tl.cdiv(R, BLOCK_R)
-    n = (tl.program_id(0) // blocks_r).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    r = (tl.program_id(0) % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
-    r_inside = (r < R)[:, None]
+    n = (program // blocks_r).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = (program % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
     n_inside = (n < N)[None, :]
     x_columns = x + n[None, :] * x_n
-    a_rows = a + r.to(tl.int64)[:, None] * C
+    if ranks is None:
+        a_rows, count = a + r.to(tl.int64)[:, None] * C, R
+    else:
+        a_begins, count = _rows_of_a(a, ranks, r, C)
+        a_rows = a_begins[:, None]
+    r_inside = (r < count)[:, None]
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for start in range(0, C, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -67,17 +84,42 @@ def _u_kernel(
         else:
             x_tile = tl.load(x_at, mask=n_inside & (k < C)[:, None], other=0.0)
             a_tile = tl.load(a_rows + k[None, :], mask=r_inside & (k < C)[None, :], other=0.0)
+        if ranks is not None:
+            a_tile = cast(a_tile.to(tl.float32), x.dtype.element_ty)
         acc = dot(a_tile, x_tile, acc)
-    tl.store(u + n[None, :] * R + r[:, None], cast(acc, u.dtype.element_ty), mask=n_inside & r_inside)
+    u_at = u + n[None, :] * R + r[:, None]
+    tl.store(u_at, cast(acc, u.dtype.element_ty), mask=n_inside & (r < R)[:, None])
 
 
 @triton.jit
-def _t_kernel(
-    dy, v, t, arrived, starts, rows, ranks, N, R, dy_n, dy_m, blocks_r, tiles,
+def _u_kernel(
+    x, a, u, N, C, R, x_n, x_c,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """u, of what :func:`packed` wrote."""
+    _u(x, a, None, u, N, C, R, x_n, x_c, tl.program_id(0), BLOCK_N, BLOCK_K, BLOCK_R, EVEN_K)
+
+
+@triton.jit
+def _u_and_v_kernel(
+    x, a, b, u, b_packed, scales, starts, rows, ranks, N, M, C, R, x_n, x_c, jobs,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """Programs below ``jobs`` make some of u, from the leaves, the others pack some of v."""
+    program = tl.program_id(0)
+    if program < jobs:
+        _u(x, a, ranks, u, N, C, R, x_n, x_c, program, BLOCK_N, BLOCK_K, BLOCK_R, EVEN_K)
+    else:
+        _pack_b(b, b_packed, scales, starts, rows, ranks, M, R, program - jobs, _PACKED_ROWS, BLOCK_R)
+
+
+@triton.jit
+def _t(
+    dy, v, scales, t, arrived, starts, rows, ranks, N, R, dy_n, dy_m, blocks_r, tiles, program, programs,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """t of some tokens, for some ranks of one adapter, whose columns of dy alone are read."""
-    program = tl.program_id(0)
+    """t of some tokens, for some ranks of one adapter, whose columns of dy alone are read. ``v``: packed, or with
+    ``scales`` the leaves b."""
     which = program % len(ranks)
     block_r = (program // len(ranks)) % blocks_r
     n = (program // (len(ranks) * blocks_r)).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -93,32 +135,59 @@ def _t_kernel(
     n_inside = (n < N)[None, :]
     r_inside = (r < rank)[:, None]
     dy_columns = dy + n[None, :] * dy_n
-    v_rows = v + (low + r)[:, None]
+    if scales is None:
+        v_ranks, v_start, v_stride = v + (low + r)[:, None], start, R
+    else:
+        b, scale = v[0], scales[0]
+        for i in tl.static_range(1, len(ranks)):
+            b = tl.where(which == i, v[i], b)
+            scale = tl.where(which == i, scales[i], scale)
+        v_ranks, v_start, v_stride = b + r[:, None], 0, rank
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for first in range(0, height, BLOCK_K):
         m = first + tl.arange(0, BLOCK_K)
         dy_at = dy_columns + (start + m).to(tl.int64)[:, None] * dy_m
         dy_tile = tl.load(dy_at, mask=n_inside & (m < height)[:, None], other=0.0)
-        v_at = v_rows + (start + m).to(tl.int64)[None, :] * R
+        v_at = v_ranks + (v_start + m).to(tl.int64)[None, :] * v_stride
         v_tile = tl.load(v_at, mask=r_inside & (m < height)[None, :], other=0.0)
+        if scales is not None:
+            v_tile = cast(v_tile.to(tl.float32) * scale, dy.dtype.element_ty)
         acc = dot(v_tile, dy_tile, acc)
     t_at = t + n[None, :] * R + (low + r)[:, None]
     tl.store(t_at, cast(acc, t.dtype.element_ty), mask=n_inside & (r < past)[:, None])
     if arrived is not None:  # for gradients: nobody has counted yet
-        for first in range(program * 128, tiles, tl.num_programs(0) * 128):
+        for first in range(program * 128, tiles, programs * 128):
             tile = first + tl.arange(0, 128)
             tl.store(arrived + tile, tl.zeros((128,), tl.int32), mask=tile < tiles)
 
 
 @triton.jit
-def _rows_of_a(a, ranks, r, C):
-    """Where each rank's row of a begins, in one of the leaves, and how many ranks there are."""
-    at = a[0] + r.to(tl.int64) * C
-    low = 0
-    for i in tl.static_range(len(a)):
-        at = tl.where(r >= low, a[i] + (r - low).to(tl.int64) * C, at)
-        low += ranks[i]
-    return at, low
+def _t_kernel(
+    dy, v, t, arrived, starts, rows, ranks, N, R, dy_n, dy_m, blocks_r, tiles,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """t, of what :func:`packed` wrote."""
+    _t(
+        dy, v, None, t, arrived, starts, rows, ranks, N, R, dy_n, dy_m, blocks_r, tiles,
+        tl.program_id(0), tl.num_programs(0), BLOCK_N, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
+
+
+@triton.jit
+def _t_and_a_kernel(
+    dy, a, b, t, a_packed, arrived, scales, starts, rows, ranks, N, C, R, dy_n, dy_m, blocks_r, tiles, jobs,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Programs below ``jobs`` make some of t, from the leaves, the others pack some of a."""
+    program = tl.program_id(0)
+    if program < jobs:
+        _t(
+            dy, b, scales, t, arrived, starts, rows, ranks, N, R, dy_n, dy_m, blocks_r, tiles, program, jobs,
+            BLOCK_N, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+    else:
+        if a_packed is not None:
+            _pack_a(a, a_packed, ranks, C, program - jobs, _PACKED_COLUMNS)
 
 
 @triton.jit
@@ -346,6 +415,7 @@ CONFIGS = {
     "interpreted": Thin(32, 64, 4, 2),
 }
 BOTH_SIDES = 1 << 25  # the fewest elements of dy for which t and dB are made in one pass over it
+FEW = 256  # the most tokens whose thin passes read the leaves
 _RANKS = 32  # the most that one block has
 _PACKED_COLUMNS = tl.constexpr(256)  # of a, per program
 _PACKED_ROWS = tl.constexpr(64)  # of v, per program
@@ -382,14 +452,28 @@ def adapters(w: Adapted, shape: tuple[int, int]) -> Adapters:
     return Adapters(*zip(*found, strict=True), shape=shape)
 
 
+def _leaves(which: Adapters) -> tuple[Any, Any, Any]:
+    """Every a, every b and every scale."""
+    return tuple(zip(*[(p.a.contiguous(), p.b.contiguous(), float(p.scale)) for p in which.parts], strict=True))
+
+
+def _jobs_of_a(which: Adapters) -> int:
+    """Programs that pack a."""
+    return which.width // 16 * device.cdiv(which.shape[1], _PACKED_COLUMNS.value)
+
+
+def _jobs_of_v(which: Adapters, ranks: int) -> int:
+    """Programs that pack v, so many ranks each."""
+    return device.cdiv(which.shape[0], _PACKED_ROWS.value) * device.cdiv(which.width, ranks)
+
+
 def packed(which: Adapters, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``(a_RC, v_MR)`` of the leaves, in the dtype of the tokens; zeros where no adapter is."""
-    a, b, scales = zip(*[(p.a.contiguous(), p.b.contiguous(), float(p.scale)) for p in which.parts], strict=True)
-    (m, c), width = which.shape, which.width
+    (a, b, scales), (m, c), width = _leaves(which), which.shape, which.width
     a_RC, v_MR = a[0].new_empty((width, c), dtype=dtype), a[0].new_empty((m, width), dtype=dtype)
     ranks = min(_RANKS, device.next_power_of_2(width))
-    jobs = width // 16 * device.cdiv(c, _PACKED_COLUMNS.value)
-    grid = (jobs + device.cdiv(m, _PACKED_ROWS.value) * device.cdiv(width, ranks),)
+    jobs = _jobs_of_a(which)
+    grid = (jobs + _jobs_of_v(which, ranks),)
     device.launch(
         _pack_kernel, grid, a, b, a_RC, v_MR, scales, which.starts, which.rows, which.ranks, m, c, width, jobs,
         RANKS=ranks, num_warps=4, enable_fp_fusion=True,
@@ -408,32 +492,49 @@ def _thin(tokens: int, capability: tuple[int, int]) -> tuple[Thin, dict[str, Any
     return config, {**options, "enable_fp_fusion": True}
 
 
-def u_of(x: Tensor, a_RC: Tensor) -> Tensor:
-    """``x a^T`` (N, R)."""
-    (n, c), width = x.shape, a_RC.shape[0]
+def forward(which: Adapters, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x a^T`` (N, R), and v (M, R) in x's dtype."""
+    (n, c), (m, _), width = x.shape, which.shape, which.width
     config, options = _thin(n, device.capability(x.device))
-    u = x.new_empty((n, width))
-    ranks = min(_RANKS, device.next_power_of_2(width))
+    u, ranks = x.new_empty((n, width)), min(_RANKS, device.next_power_of_2(width))
+    jobs = device.cdiv(n, config.tokens) * device.cdiv(width, ranks)
+    options = {**options, "BLOCK_R": ranks, "EVEN_K": c % config.inner == 0}
+    if n > FEW:
+        a_RC, v_MR = packed(which, x.dtype)
+        device.launch(_u_kernel, (jobs,), x, a_RC, u, n, c, width, *x.stride(), **options)
+        return u, v_MR
+    (a, b, scales), v_MR = _leaves(which), x.new_empty((m, width))
     device.launch(
-        _u_kernel, (device.cdiv(n, config.tokens) * device.cdiv(width, ranks),),
-        x, a_RC, u, n, c, width, *x.stride(), BLOCK_R=ranks, EVEN_K=c % config.inner == 0, **options,
+        _u_and_v_kernel, (jobs + _jobs_of_v(which, ranks),),
+        x, a, b, u, v_MR, scales, which.starts, which.rows, which.ranks, n, m, c, width, *x.stride(), jobs, **options,
     )  # fmt: skip
-    return u
+    return u, v_MR
 
 
-def t_of(which: Adapters, dy: Tensor, v_MR: Tensor, tiles: int) -> tuple[Tensor, Any]:
-    """``dy v`` (N, R), and as many zeros as :func:`gradients` has ``tiles`` to count the arrivals of."""
-    n, width, each = dy.shape[0], which.width, which.ranks
+def backward(which: Adapters, dy: Tensor, tiles: int, *, pack: bool) -> tuple[Tensor, Any, Any]:
+    """``dy v`` (N, R), with ``pack`` a (R, C) in dy's dtype, and as many zeros as :func:`gradients` has ``tiles`` to
+    count the arrivals of."""
+    n, c, width, each = dy.shape[0], which.shape[1], which.width, which.ranks
     config, options = _thin(n, device.capability(dy.device))
     t, arrived = dy.new_empty((n, width)), dy.new_empty((tiles,), dtype=torch.int32) if tiles else None
     ranks = min(_RANKS, device.next_power_of_2(max(16, *each)))
     blocks_r = device.cdiv(max(*each, width - sum(each[:-1])), ranks)  # the last adapter's t has the padding too
+    jobs = device.cdiv(n, config.tokens) * len(each) * blocks_r
+    if n > FEW:
+        a_RC, v_MR = packed(which, dy.dtype)
+        device.launch(
+            _t_kernel, (jobs,),
+            dy, v_MR, t, arrived, which.starts, which.rows, each, n, width, *dy.stride(), blocks_r, tiles,
+            BLOCK_R=ranks, **options,
+        )  # fmt: skip
+        return t, a_RC, arrived
+    (a, b, scales), a_RC = _leaves(which), dy.new_empty((width, c)) if pack else None
     device.launch(
-        _t_kernel, (device.cdiv(n, config.tokens) * len(each) * blocks_r,),
-        dy, v_MR, t, arrived, which.starts, which.rows, each, n, width, *dy.stride(), blocks_r, tiles,
-        BLOCK_R=ranks, **options,
+        _t_and_a_kernel, (jobs + (_jobs_of_a(which) if pack else 0),),
+        dy, a, b, t, a_RC, arrived, scales, which.starts, which.rows, each, n, c, width, *dy.stride(), blocks_r,
+        tiles, jobs, BLOCK_R=ranks, **options,
     )  # fmt: skip
-    return t, arrived
+    return t, a_RC, arrived
 
 
 class Split(NamedTuple):
@@ -527,7 +628,7 @@ def both_sides(which: Adapters, dy: Tensor, u: Tensor, *, pack: bool) -> tuple[T
     if splits > 1:
         partials = dy.new_empty(tiles * splits * config.inner * block, dtype=torch.float32)
         arrived = dy.new_zeros(tiles, dtype=torch.int32)
-    a, b, scales = zip(*[(p.a.contiguous(), p.b.contiguous(), float(p.scale)) for p in which.parts], strict=True)
+    a, b, scales = _leaves(which)
     device.launch(
         _both_sides_kernel, (tiles, splits), dy, b, u, t_parts, out, partials, arrived, scales, which.starts,
         which.rows, which.ranks, n, u.shape[1], *dy.stride(), chunk,
@@ -537,9 +638,9 @@ def both_sides(which: Adapters, dy: Tensor, u: Tensor, *, pack: bool) -> tuple[T
     t = dy.new_empty(n, which.width)
     packed = dy.new_empty(which.width, c) if pack else None
     jobs = device.cdiv(n, 8) * len(which.parts)
-    packing = which.width // 16 * device.cdiv(c, _PACKED_COLUMNS.value) if pack else 0
     device.launch(
-        _sum_t_kernel, (jobs + packing,), t_parts, t, a, packed, which.rows, which.ranks, n, c, which.width, jobs,
+        _sum_t_kernel, (jobs + (_jobs_of_a(which) if pack else 0),),
+        t_parts, t, a, packed, which.rows, which.ranks, n, c, which.width, jobs,
         TILE=config.inner, BLOCK_N=8, BLOCK_R=block, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return t, packed, [g.view(m, r) for g, m, r in zip(out.split(sizes), which.rows, which.ranks, strict=True)]

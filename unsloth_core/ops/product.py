@@ -402,13 +402,15 @@ def _layout(t: Tensor) -> tuple[bool, int] | None:
 def _torch_product(
     a: Tensor, b: Tensor, bias: Any, add: Any, update: Any, alpha: float, out_dtype: torch.dtype
 ) -> Tensor:
-    """The same product by ``torch.mm``; every term after the first reads and writes the output once more."""
+    """The same product by PyTorch: its epilogue adds one of bias and add; every other term reads and writes the output
+    once more."""
     a, b, bias, add, update = tree.map(lambda t: t.to(out_dtype), (a, b, bias, add, update))
-    y = torch.mm(a, b) if add is ABSENT else torch.addmm(add, a, b, alpha=alpha)
-    if add is ABSENT and alpha != 1.0:
+    first = bias if add is ABSENT else add
+    y = torch.mm(a, b) if first is ABSENT else torch.addmm(first, a, b, alpha=alpha)
+    if first is ABSENT and alpha != 1.0:
         y *= alpha
     if update is not ABSENT:
         y.addmm_(*update, alpha=alpha)
-    if bias is not ABSENT:
+    if bias is not ABSENT and add is not ABSENT:
         y += bias
     return y
