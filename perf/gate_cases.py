@@ -56,7 +56,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "linear_cross_entropy": tuple((4096, V, 512) for V in (256, 512, 1024, 2048, 4096, 50257)),
     "linear_logprob": tuple((4096, V, 512) for V in (256, 1024, 50257)),
     "linear": ((24, 4096, 4096), (50, 4096, 4096), (1024, 1536, 512), (300, 300, 300)),
-    "linear_lora": ((1, 4096, 4096), (1024, 1536, 512), (300, 300, 300)),
+    "linear_lora": ((1, 4096, 4096), (50, 4096, 4096), (1024, 1536, 512), (300, 300, 300)),
     "nf4_dequantize": ((5, 7), (24, 40)),
 }
 # Without some of the gradients a kernel does less of the same: every subset of them is compiled for one part.
@@ -393,7 +393,9 @@ def rows(target: Target) -> Iterator[Row]:
             yield Row(f"product.CONFIGS[{name!r}]", "product._product_kernel", facts)
     for name, thin in low_rank.CONFIGS.items():
         of = {"gradients": ("_gradients_kernel",), "both sides": ("_both_sides_kernel",)}
-        for kernel in of.get(name, ("_u_kernel", "_t_kernel")) if name != "interpreted" else ():
+        few = ("_u_and_v_kernel", "_t_and_a_kernel")
+        thin_passes = few if "few" in name else ("_u_kernel", "_t_kernel", *few)
+        for kernel in of.get(name, thin_passes) if name != "interpreted" else ():
             inner = "BLOCK_C" if name in of else "BLOCK_K"
             facts = {"BLOCK_N": thin.tokens, inner: thin.inner, "num_warps": thin.warps, "num_stages": thin.stages}
             if inner == "BLOCK_K" and target.name == "sm_89":  # less shared memory: fewer stages
