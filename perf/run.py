@@ -215,7 +215,7 @@ def results(case: Case, fn: Callable[..., Any], args: tuple[Any, ...]) -> list[T
     wanted = case.wanted(*args)
     outs = tree.leaves(fn(*args))
     gradients = torch.autograd.grad(outs, wanted, cotangents(outs)) if wanted else ()
-    return [t.detach() for t in (*outs, *gradients)]
+    return [t.detach() for t in (*outs, *peers.restored(fn, gradients))]
 
 
 def oracle(case: Case, reference: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
@@ -269,8 +269,7 @@ class Bench:
         candidates = {"ours": case.ours, **case.peers, **self.libraries.get(case.op, {})}
         if self.with_compile and case.compiles:
             torch.compiler.reset()  # the number of compilations of one function is limited
-            plain = candidates.get("eager", case.peers[REFERENCE])
-            candidates["compile"] = torch.compile(plain, dynamic=False)
+            candidates["compile"] = torch.compile(plain(candidates), dynamic=False)
         shape = case.tiny if self.machine.smoke else case.small
         args = arguments(case, shape, self.machine, seed=0)
         truths = {impl: oracle(case, beside.reference, args) for impl, beside in case.yardsticks.items()}
@@ -389,6 +388,12 @@ class Bench:
         if self.machine.device.type == "cuda":
             with contextlib.suppress(RuntimeError):  # after an illegal access every call raises, this one too
                 torch.cuda.empty_cache()
+
+
+def plain(candidates: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """What a user of PyTorch would compile: eager code, else a call of PyTorch's own, else the reference."""
+    best_first = ["eager", *(impl for impl in candidates if impl.startswith("F.")), REFERENCE]
+    return next(candidates[impl] for impl in best_first if impl in candidates)
 
 
 def _round(value: float) -> float:

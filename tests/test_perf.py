@@ -178,6 +178,27 @@ def test_a_peer_that_writes_gets_copies_and_its_preparation_is_not_timed(machine
     assert all(t.count_nonzero() > 0 for t in prepared)
 
 
+def test_a_peer_with_a_layout_of_its_own_gives_gradients_back_in_ours(machine):
+    def halves(gate_up):
+        return (torch.stack(gate_up.detach().chunk(2, -1)).requires_grad_(),)
+
+    def glu(both):
+        return torch.nn.functional.silu(both[0]) * both[1]
+
+    for restore, right in ((lambda g: torch.cat([*g], -1), True), (lambda g: torch.cat([*g.flip(0)], -1), False)):
+        bench, rows = measured(machine, CASES["glu"], {"glu": {"stacked": peers.Peer(glu, halves, restore)}})
+        assert not bench.failures and ("stacked" in {row["impl"] for row in rows}) == right
+        assert right or "result 1 is wrong" in bench.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("op", "best"), [("glu", "eager"), ("rms_norm", "F.rms_norm"), ("add_rms_norm", "eager"), ("dropout", "torch")]
+)
+def test_compiled_is_what_a_user_would_compile(eager, op, best):
+    candidates = {**CASES[op].peers, **eager.get(op, {})}
+    assert run.plain(candidates) is candidates[best]
+
+
 def test_attention_states_its_speed_beside_cudnn_and_flash(machine):
     def sdpa(*args):
         return CASES["attention"].peers["sdpa"](*args)

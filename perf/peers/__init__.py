@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 # Importing `unsloth` takes most of a minute and patches torch and transformers: it is measured when it is asked for.
 DEFAULT = ("pytorch", "liger", "quack", "bitsandbytes")
 NAMES = (*DEFAULT, "unsloth")
@@ -17,10 +19,12 @@ NAMES = (*DEFAULT, "unsloth")
 class Peer:
     """``call(*prepare(*args))``. What ``prepare`` does is not timed: the layout that the library would have been given.
 
-    It keeps every argument that gets a gradient in its place, so a peer that writes into its arguments gets copies."""
+    It keeps every argument that gets a gradient in its place, so a peer that writes into its arguments gets copies.
+    ``restore`` undoes that layout for a gradient of such an argument, before it is checked."""
 
     call: Callable[..., Any]
     prepare: Callable[..., tuple[Any, ...]]
+    restore: Callable[[Tensor], Tensor] = lambda gradient: gradient
 
     def __call__(self, *args: Any) -> Any:
         """With arguments that are prepared already."""
@@ -30,6 +34,11 @@ class Peer:
 def prepared(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments as ``fn`` takes them."""
     return fn.prepare(*args) if isinstance(fn, Peer) else args
+
+
+def restored(fn: Callable[..., Any], gradients: Iterable[Tensor]) -> list[Tensor]:
+    """Gradients of what ``prepared`` gave, as those of its arguments."""
+    return [fn.restore(g) if isinstance(fn, Peer) else g for g in gradients]
 
 
 def fresh(t: Any) -> Any:

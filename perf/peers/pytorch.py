@@ -26,6 +26,11 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return turned(q), turned(k)
 
 
+def qk_norm_rope(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Two norms, then the rotation."""
+    return rope(F.rms_norm(q, wq.shape, wq, eps=1e-6), F.rms_norm(k, wk.shape, wk, eps=1e-6), cos, sin)
+
+
 def glu(gate_up: Tensor) -> Tensor:
     """Activation, then product."""
     gate, up = gate_up.chunk(2, -1)
@@ -57,6 +62,7 @@ def softmax(x: Tensor) -> Tensor:
 PEERS = {
     "add_rms_norm": add_rms_norm,
     "rope": rope,
+    "qk_norm_rope": qk_norm_rope,
     "glu": glu,
     "linear": F.linear,
     "linear_lora": linear_lora,
