@@ -115,9 +115,11 @@ def test_needs(needs):
     with backend.using("triton"):
         outs, residuals = qk_norm_rope.fwd(*args, needs=needs)
         everything = qk_norm_rope.fwd(*args, needs=(True,) * 4 + (False,) * 2)[1]
-        (q, wq, q_rstd), (k, wk, k_rstd), angles = residuals
-        assert (q is args[0] and wq is args[2] and q_rstd.shape == (3, 2)) if needs[0] or needs[2] else q_rstd is ABSENT
-        assert (k is args[1] and wk is args[3] and k_rstd.shape == (3, 1)) if needs[1] or needs[3] else k_rstd is ABSENT
+        (q, wq), (k, wk), angles, rstd = residuals
+        of_q, of_k = needs[0] or needs[2], needs[1] or needs[3]
+        assert (q is args[0] and wq is args[2]) if of_q else q is wq is ABSENT
+        assert (k is args[1] and wk is args[3]) if of_k else k is wk is ABSENT
+        assert rstd.shape == (3 * (2 * of_q + of_k),) if of_q or of_k else rstd is ABSENT
         assert angles == ((ABSENT, ABSENT) if not any(needs) else angles) and (angles[0] is args[4] or not any(needs))
         gradients = qk_norm_rope.bwd(residuals, outs, needs=needs)
         of_all = qk_norm_rope.bwd(everything, outs, needs=(True,) * 4 + (False,) * 2)

@@ -493,10 +493,6 @@ def _dq(
     own = head.to(tl.int64) * P + i + r
     tl.store(LSE + own, lse)
     tl.store(DELTA + own, delta)
-    if i + BM >= N:  # what is behind the last row is multiplied by zeros, so it has to be finite
-        for behind in range(BM, P - i, BM):
-            tl.store(LSE + own + behind, tl.zeros_like(lse), mask=i + behind + r < P)
-            tl.store(DELTA + own + behind, tl.zeros_like(delta), mask=i + behind + r < P)
 
     c = tl.arange(0, BN)
     dq, dq2 = tl.zeros((BM, K1), tl.float32), tl.zeros((BM, W2), tl.float32)
@@ -526,6 +522,11 @@ def _dq(
     put(DQ + at, offset, ok, dq * scale, HEAD, 0, K1, False)
     if K2 > 0:
         put(DQ + at, offset, ok, dq2 * scale, HEAD, K1, K2, False)
+    if i + BM >= N:  # what is behind the last row is multiplied by zeros, so it has to be finite
+        for behind in range(i + BM, P, BM):
+            tail, zero = behind + r, tl.zeros((BM,), tl.float32)
+            tl.store(LSE + head.to(tl.int64) * P + tail, zero, mask=tail < P)
+            tl.store(DELTA + head.to(tl.int64) * P + tail, zero, mask=tail < P)
 
 
 # ---- the op

@@ -7,8 +7,8 @@ Backward, with m = dy ∘ w:
     dx = rstd · (m - mean(m) - x̂ · mean(m ∘ x̂))
     dw = Σ_rows dy ∘ x̂          db = Σ_rows dy          dadd = dy
 
-Residuals: x, w, b (arguments; of b only the dtype is used), μ and rstd, fp32, 8 bytes per row. Without a gradient
-for x or w only b, and nothing if only ``add`` wants one.
+Residuals: x, w, b (arguments; of b only the dtype is used), μ and rstd in one fp32 tensor, 8 bytes per row. Without a
+gradient for x or w only b, and nothing if only ``add`` wants one.
 Dtypes: x fp16, bf16 or fp32; y, dx and ``add`` in x's dtype; w and b in any of the three, dw and db in theirs.
 Statistics, sums and products are fp32, and y is rounded once.
 Bytes moved per element of 2 bytes: forward 4 (6 with ``add``; as two ops 10), backward 6; and 8 per row. For
@@ -278,10 +278,10 @@ def layer_norm_fwd(
     D = x.shape[-1]
     rows = x.numel() // D
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean = rstd = None
+    stats = mean = rstd = None
     if needs[0] or needs[1]:
-        mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-        rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+        stats = torch.empty((2, rows), dtype=torch.float32, device=x.device)
+        mean, rstd = stats.unbind()
     w_, b_, add_ = (None if p is ABSENT else p for p in (w, b, add))
     if D <= _WIDTH:
         ROWS, BLOCK, warps = forward_tile(D)
@@ -294,7 +294,7 @@ def layer_norm_fwd(
             _forward_long, (rows,), x, w_, b_, add_, y, mean, rstd, D, inner, *x_rows, *add_rows,
             eps=eps, BLOCK=_WALK, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
-    kept = (x, w, mean, rstd) if mean is not None else (ABSENT, ABSENT, ABSENT, ABSENT)
+    kept = (ABSENT, ABSENT, ABSENT) if stats is None else (x, w, stats)
     return y, (*kept, b if needs[2] else ABSENT)
 
 
@@ -303,7 +303,7 @@ def layer_norm_bwd(
     residuals: tuple[Any, ...], dy: Tensor, *, needs: Any, eps: float = 1e-5
 ) -> tuple[Any, Any, Any, Any]:
     """dy like y, of any strides -> (dx, dw, db, dadd); dadd is dy itself."""
-    x, w, mean, rstd, b = residuals
+    x, w, stats, b = residuals
     needs_x, needs_w, needs_b, needs_add = needs
     dadd = dy if needs_add else ABSENT
     D = dy.shape[-1]
@@ -317,7 +317,8 @@ def layer_norm_bwd(
     if x is ABSENT:  # db alone reads no x
         x = dy = dy if row_strides(dy) is not None else dy.contiguous()
     (dy,), inner, (x_rows, dy_rows) = cotangent_row_strides(x, dy)
-    w, mean, rstd = (None if t is ABSENT else t for t in (w, mean, rstd))
+    w = None if w is ABSENT else w
+    mean, rstd = (None, None) if stats is ABSENT else stats.unbind()
     fused = needs_x and (needs_w or needs_b) and D <= FUSED_WIDTH
     programs, partials = 0, (None, None)
     if fused:

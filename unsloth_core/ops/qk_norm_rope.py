@@ -9,7 +9,8 @@ w is wq for the H heads of q and wk for the G heads of k; offset is 1 for Gemma,
 Backward, with u = dy turned back (the same with -s) and m = u ∘ (w + offset):
     dx = rstd · (m - x̂ · mean(m ∘ x̂))          dw = Σ_tokens, heads u ∘ x̂
 
-Residuals: the arguments, and rstd, fp32, 4 bytes per head; nothing of q if neither q nor wq wants a gradient, nor of k.
+Residuals: the arguments, and rstd of q and k, fp32, 4 bytes per head; nothing of q if neither q nor wq wants a
+gradient, nor of k.
 Dtypes: q, k, wq and wk fp16, bf16 or fp32, each with gradients of its own dtype, outputs in q's and k's; cos and sin
 fp32. ``casting_mode="llama"`` rounds x̂ to x's dtype before the weight (Qwen3), ``"gemma"`` does not (Gemma3). All
 else is fp32 and rounds once, at the end: rms_norm and rope one after the other also round n, in between. The rounding
@@ -197,12 +198,13 @@ def _store_partial(
 ):  # fmt: skip
     """This program's row of dw: its running tiles, added up over tokens and heads."""
     row_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * K
+    dtype: tl.constexpr = partial_ptr.dtype.element_ty
     pair = tl.arange(0, BLOCK_J)
-    tl.store(row_ptr + pair, tl.sum(tl.sum(dw_a, axis=0), axis=0), pair < J)
-    tl.store(row_ptr + (pair + J), tl.sum(tl.sum(dw_b, axis=0), axis=0), pair < J)
+    tl.store(row_ptr + pair, cast(tl.sum(tl.sum(dw_a, axis=0), axis=0), dtype), pair < J)
+    tl.store(row_ptr + (pair + J), cast(tl.sum(tl.sum(dw_b, axis=0), axis=0), dtype), pair < J)
     if 2 * J < K:
         channel = 2 * J + tl.arange(0, BLOCK_REST)
-        tl.store(row_ptr + channel, tl.sum(tl.sum(dw_rest, axis=0), axis=0), channel < K)
+        tl.store(row_ptr + channel, cast(tl.sum(tl.sum(dw_rest, axis=0), axis=0), dtype), channel < K)
 
 
 @triton.jit
@@ -258,11 +260,14 @@ def _tile(H: int, G: int, K: int, J: int, pairs: int) -> dict[str, int]:
     return {"BLOCK_T": tokens, "BLOCK_H": heads, "BLOCK_J": block_j, "BLOCK_REST": rest}
 
 
-def _side(residuals: Any, dy: Tensor, needs_x: bool, needs_w: bool, programs: int) -> Any:
-    """What the kernel gets of q or of k: x, w, rstd, dy, dx and the partial rows of dw; strides of x and dy."""
-    x, w, rstd = residuals
+def _side(x: Tensor, w: Tensor, rstd: Tensor, dy: Tensor, needs_x: bool, needs_w: bool, programs: int) -> Any:
+    """What the kernel gets of q or of k: x, w, rstd, dy, dx and the partial rows of dw; strides of x and dy. The only
+    row of a single program is dw itself."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
-    partial = torch.empty((programs, x.shape[2]), dtype=torch.float32, device=x.device) if needs_w else None
+    partial = None
+    if needs_w:
+        dtype = w.dtype if programs == 1 else torch.float32
+        partial = torch.empty((programs, x.shape[2]), dtype=dtype, device=x.device)
     return (x, w, rstd, dy, dx, partial), (*x.stride(), *dy.stride())
 
 
@@ -272,6 +277,8 @@ def _gradients(side: Any) -> tuple[Any, Any]:
     dx = ABSENT if dx is None else dx
     if partial is None:
         return dx, ABSENT
+    if partial.shape[0] == 1:
+        return dx, partial.view(-1)
     dw = torch.empty(w.shape, dtype=w.dtype, device=w.device)
     sum_partials(partial, dw)
     return dx, dw
@@ -310,11 +317,12 @@ def qk_norm_rope_fwd(
         raise ValueError(f"qk_norm_rope: casting_mode is {casting_mode!r}, expected one of ('llama', 'gemma')")
     refuse_gradient_of_angles("qk_norm_rope", needs[4], needs[5])
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_NHK, k_NGK))
-    q_rstd, k_rstd = (
-        torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) if needs[i] or needs[i + 2] else None
-        for i, x in enumerate((q_NHK, k_NGK))
-    )
     G, J = k_NGK.shape[1], cos_NJ.shape[1]
+    of_q, of_k = needs[0] or needs[2], needs[1] or needs[3]
+    rstd = q_rstd = k_rstd = None
+    if of_q or of_k:
+        rstd = torch.empty(N * (H * of_q + G * of_k), dtype=torch.float32, device=q_NHK.device)
+        q_rstd, k_rstd = rstd[: N * H] if of_q else None, rstd[N * H * of_q :] if of_k else None
     blocks = _tile(H, G, K, J, _FORWARD_PAIRS)
     launch(
         _forward, (cdiv(N, blocks["BLOCK_T"]),),
@@ -323,10 +331,11 @@ def qk_norm_rope_fwd(
         eps=eps, offset=offset, ROUND=casting_mode == "llama", H=H, G=G, K=K, J=J, **blocks,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    of_q = (ABSENT, ABSENT, ABSENT) if q_rstd is None else (q_NHK, wq_K, q_rstd)
-    of_k = (ABSENT, ABSENT, ABSENT) if k_rstd is None else (k_NGK, wk_K, k_rstd)
-    angles = (ABSENT, ABSENT) if q_rstd is k_rstd is None else (cos_NJ, sin_NJ)
-    return (q_out, k_out), (of_q, of_k, angles)
+    none = (ABSENT, ABSENT)
+    if rstd is None:
+        return (q_out, k_out), (none, none, none, ABSENT)
+    heads = (q_NHK, wq_K) if of_q else none, (k_NGK, wk_K) if of_k else none
+    return (q_out, k_out), (*heads, (cos_NJ, sin_NJ), rstd)
 
 
 @prepared
@@ -340,7 +349,7 @@ def qk_norm_rope_bwd(
     casting_mode: str = "llama",
 ) -> tuple[Any, ...]:
     """Cotangents like q and k, of any strides, or ABSENT -> (dq, dk, dwq, dwk, ABSENT, ABSENT)."""
-    *of_heads, (cos_NJ, sin_NJ) = residuals
+    *of_heads, (cos_NJ, sin_NJ), rstd = residuals
     wanted = [d is not ABSENT and (needs[i] or needs[i + 2]) for i, d in enumerate(dy)]
     if not any(wanted):
         return (ABSENT,) * 6
@@ -350,9 +359,10 @@ def qk_norm_rope_bwd(
     programs = cdiv(N, blocks["BLOCK_T"])
     if wanted[0] and needs[2] or wanted[1] and needs[3]:  # at least four tiles each keep the partial rows few
         programs = min(cdiv(programs, 4), _PROGRAMS_PER_SM * sms(cos_NJ.device))
+    of_q = 0 if of_heads[0][0] is ABSENT else N * of_heads[0][0].shape[1]
     q, k = (
-        _side(of, d, needs[i], needs[i + 2], programs) if want else _NO_SIDE
-        for i, (of, d, want) in enumerate(zip(of_heads, dy, wanted))
+        _side(*of, row, d, needs[i], needs[i + 2], programs) if want else _NO_SIDE
+        for i, (of, row, d, want) in enumerate(zip(of_heads, (rstd[:of_q], rstd[of_q:]), dy, wanted))
     )
     launch(
         _backward, (programs,), *q[0], *k[0], cos_NJ, sin_NJ,
