@@ -206,6 +206,18 @@ def test_tables_pick_rows_that_exist():
                 assert file.weight_configuration(rows, cols, dtype, DEVICE) in file.WEIGHT_CONFIGS.values()
 
 
+def test_every_row_of_the_tables_is_picked_by_something(monkeypatch):
+    monkeypatch.setattr(device, "interpreting", lambda: False)
+    picked, of_weights = set(), set()
+    for major in (8, 9, 10):
+        monkeypatch.setattr(device, "capability", lambda where, major=major: (major, 0))
+        for dtype, rows, cols, inner in itertools.product(DTYPES, (8, 200, 9000), *2 * [(16, 32, 64, 330, 1024)]):
+            picked.add(id(file.configuration(rows, 8, cols, inner, dtype, DEVICE)))
+            of_weights.add(id(file.weight_configuration(inner, cols, dtype, DEVICE)))
+    assert [n for n, c in file.CONFIGS.items() if id(c) not in picked] == ["interpreted"]
+    assert [n for n, c in file.WEIGHT_CONFIGS.items() if id(c) not in of_weights] == ["interpreted"]
+
+
 def test_an_expert_without_tokens_gets_zeros_and_a_frozen_one_costs_nothing(monkeypatch):
     gates, plan = plan_of(5, 4, 1, 9, favour=20.0)
     x, w = rand((5, 8), seed=1).requires_grad_(), weight(4, 6, 8, torch.float32, 2).requires_grad_()

@@ -289,14 +289,16 @@ class Config(NamedTuple):
 
 
 # "large" is the fastest of six tiles in each product of Mixtral's and Qwen3-30B-A3B's shapes on an H100 80GB HBM3 with
-# Triton 3.6.0 (perf/LOG.md); the others are chosen for occupancy and checked for spills.
+# Triton 3.6.0 (perf/LOG.md), and of ten "decode" is at 4 and 8 rows for each expert and "few" from 16 to 120 (within
+# 2 %); the others are chosen for occupancy and checked for spills.
 CONFIGS = {
     "large": Config(128, 256, 64, 8, 3),  # Hopper; fits no other part's shared memory
     "medium": Config(128, 128, 64, 8, 3, 2),
     "portable": Config(128, 128, 32, 8, 4, 2),
-    "few": Config(64, 128, 64, 4, 4, 2),  # rows for each expert
+    "few": Config(64, 128, 128, 4, 4),  # rows for each expert; Hopper
+    "few ragged": Config(64, 128, 64, 4, 4, 2),
     "portable few": Config(64, 64, 64, 4, 3, 2),
-    "decode": Config(16, 64, 128, 4, 4, 4),
+    "decode": Config(16, 64, 128, 4, 3, 4),
     # Few columns, the adapters' products. 128 rows and 4 warps gave wrong sums of a second product on an H100.
     "narrow": Config(64, 16, 128, 4, 3, 2),
     "narrow 32": Config(64, 32, 128, 4, 3, 2),
@@ -333,15 +335,16 @@ def configuration(
     each = rows / experts
     if dtype == torch.float32:
         return CONFIGS["fp32" if each > 16 else "fp32 few"]
-    if each <= 16:
+    if each <= 10:
         return CONFIGS["decode"]
     if cols <= 64:
         return CONFIGS["narrow" if cols <= 16 else "narrow 32" if cols <= 32 else "narrow 64"]
     if device.capability(where)[0] != 9:
         return CONFIGS["portable few" if each <= 96 else "portable"]
-    if each <= 96:
-        return CONFIGS["few"]
-    ragged = cols % 16 or inner % 64  # addresses of single elements, for which "large" has no registers
+    # Addresses of single elements, for which "few" and "large" have no registers.
+    if each <= 128:
+        return CONFIGS["few ragged" if cols % 16 or inner % 128 else "few"]
+    ragged = cols % 16 or inner % 64
     return CONFIGS["large" if cols > 128 and not ragged else "medium"]
 
 
