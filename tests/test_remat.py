@@ -143,7 +143,7 @@ def test_kept_bytes_are_what_the_report_says(policy):
     with Meter(tree.leaves(ws)) as meter:
         value = f(ws)
         gc.collect()
-        kept = meter.live() - value.nbytes - N * D * 4  # x0, which f holds
+        kept = meter.live() - value.nbytes
     input_of_square = N * D * 4  # f itself keeps the last layer's output
     # A saved layer output is also what the next layer, or f, keeps: one tensor that the report counts in both places.
     twice = 2 * N * D * 4 if policy.get("down") == SAVE else 0

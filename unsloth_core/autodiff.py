@@ -106,7 +106,7 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
         call = Call(name, pair, spec, keywords, tape)
         if torch.is_grad_enabled() and _wants_gradient(leaves):
             return apply(call, leaves)
-        return call.forward(leaves, tuple(tape.needs(name, leaves)) if tape else (False,) * len(leaves))[0]
+        return call.forward(leaves, tape.needs(name, leaves) if tape else (False,) * len(leaves))[0]
 
     def fit(args: tuple[Any, ...], types: tuple[type, ...]) -> tuple[Sequence[Tensor], tree.Spec]:
         """Leaves and structure of arguments that are what the op takes. Raises TypeError for others."""
@@ -197,28 +197,32 @@ class Call:
 
     def forward(self, leaves: Sequence[Tensor], needs: tuple[bool, ...]) -> tuple[Any, Sequence[Tensor], tree.Spec]:
         """Outputs, and residuals as leaves and structure; on or off the tape of a layer."""
+        if self.tape is None:
+            return self._run(leaves, needs)
+        return self.tape(self.name, leaves, lambda: self._run(leaves, needs))
+
+    def _run(self, leaves: Sequence[Tensor], needs: tuple[bool, ...]) -> tuple[Any, Sequence[Tensor], tree.Spec]:
         leafwise = getattr(self.pair[0], "leafwise", None)
-        if leafwise is None or self.tape is not None or _listener.get() is not None:
+        if leafwise is None or _listener.get() is not None:
             return self._forward(self.pair[0], leaves, needs)
         identity = (self.spec, needs, *self.statics.items())
         return leafwise(leaves, identity, self._forward, self.pair[0].__wrapped__, leaves, needs)
 
-    def _forward(self, fwd: Any, leaves: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Any, Any, tree.Spec]:
-        if self.tape is None:
-            out, residuals = self._run(fwd, leaves, needs)
-        else:
-            out, residuals = self.tape(self.name, leaves, lambda: self._run(fwd, leaves, needs))
-        kept, spec = tree.flatten(residuals)
-        return out, tuple(kept), spec
-
-    def _run(self, fwd: Any, leaves: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Any, Tree]:
+    def _forward(
+        self, fwd: Any, leaves: Sequence[Tensor], needs: Sequence[bool]
+    ) -> tuple[Any, Sequence[Tensor], tree.Spec]:
         spec, statics = self.spec, self.statics
         args, tree_of_needs = tree.unflatten(leaves, spec), tree.unflatten(needs, spec)
         if (listener := _listener.get()) is not None:
             listener("forward", self.op, self.name, args, statics, tree_of_needs)
         if _any_fake(leaves):
-            return tracing.opaque(lambda ts: fwd(*tree.unflatten(ts, spec), needs=tree_of_needs, **statics), leaves)
-        return fwd(*args, needs=tree_of_needs, **statics)
+            out, residuals = tracing.opaque(
+                lambda ts: fwd(*tree.unflatten(ts, spec), needs=tree_of_needs, **statics), leaves
+            )
+        else:
+            out, residuals = fwd(*args, needs=tree_of_needs, **statics)
+        kept, spec = tree.flatten(residuals)
+        return out, tuple(kept), spec
 
     def backward(
         self,

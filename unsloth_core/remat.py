@@ -7,7 +7,7 @@ through a tape; with that file this one alone uses ``torch.autograd.Function``."
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,6 +116,9 @@ def residual_report(fn: Callable[..., Any], *args: Tree) -> ResidualReport:
     return ResidualReport(tuple(rows))
 
 
+_Result = tuple[Any, Sequence[Tensor], tree.Spec]  # of a call: outputs, residuals as leaves and structure
+
+
 @dataclasses.dataclass
 class _Plan:
     fn: Callable[..., Any]
@@ -127,112 +130,128 @@ class _Plan:
     out_spec: Any = None
 
 
-@dataclasses.dataclass
-class _Entry:
-    """One recorded call. ``residuals`` codes each leaf as ("arg", i), ("out", i), ("none", 0) or the fresh tensor;
-    ``outputs`` each one as ("arg", i), ("lost", (shape, dtype)) or the tensor. What is kept becomes ("kept", i)."""
+class _Entry(NamedTuple):
+    """One recorded call. A place below zero is ~i of what the layer keeps, any other one i of the call's arguments and
+    outputs. ``outputs`` has the place of each one, or (shape, dtype) of one that is lost."""
+
+    name: str
+    fate: str
+    several: bool
+    outputs: tuple[Any, ...]
+    residuals: tuple[int, ...]  # places; none where they must be rebuilt by running the call
+    spec: tree.Spec  # of the residuals
+
+
+@dataclasses.dataclass(slots=True)
+class _Noted:
+    """A call while its layer is recorded: in places of an :class:`_Entry`, or the tensors that are not placed yet."""
 
     name: str
     keep: bool
     several: bool
     outputs: list[Any]
     residuals: list[Any] | None  # None: they must be rebuilt by running the call
-    residual_spec: Any
+    spec: tree.Spec
     reads: set[int]  # storages of the arguments, of other outputs, of residuals that are arguments
     makes: set[int]
     needs: set[int]
     fate: str = "run"
 
+    def entry(self, keep: Callable[[Tensor, str], int]) -> _Entry:
+        """With the tensors of a call that is not run again placed by ``keep(tensor, name)``."""
+        outputs = self.outputs
+        if self.fate == "saved":
+            outputs = [keep(o, self.name) if isinstance(o, Tensor) else o for o in outputs]
+        residuals = [keep(t, self.name) if isinstance(t, Tensor) else t for t in self.residuals or ()]
+        return _Entry(self.name, self.fate, self.several, tuple(outputs), tuple(residuals), self.spec)
+
 
 class _Record:
-    """The tape of a layer's forward pass: notes what every op call read and made, and keeps what the policy names."""
+    """The tape of a layer's forward pass: notes what every op call read and made, and keeps what the policy names.
 
-    def __init__(self, policy: Policy, frozen: Sequence[Tensor], *, spares: bool = True) -> None:
-        self.policy, self.spares = policy, spares
-        self.entries: list[_Entry] = []
-        self._seen: dict[int, StorageWeakRef] = {}
-        self._frozen = self._storages(frozen)
+    ``leaves`` and ``needs``: of the layer."""
+
+    def __init__(self, policy: Policy, leaves: Sequence[Tensor], needs: Sequence[Any], *, spares: bool = True) -> None:
+        self.policy, self.leaves, self.spares = policy, leaves, spares
+        self.noted: list[_Noted] = []
+        self._made: dict[int, StorageWeakRef] = {}
+        self._given = {id(leaf): leaf.untyped_storage()._cdata for leaf in leaves}
+        self._frozen = {self._given[id(leaf)] for leaf, need in zip(leaves, needs, strict=True) if need is not True}
 
     def runs(self, name: str) -> bool:
         return False
 
-    def needs(self, name: str, leaves: Sequence[Tensor]) -> list[bool]:
+    def needs(self, name: str, leaves: Sequence[Tensor]) -> tuple[bool, ...]:
         """Any argument may want a gradient, except the layer's own frozen ones."""
         for leaf in leaves:
             if leaf.requires_grad:
                 raise ValueError(
                     f"remat: op {name!r} got a tensor that wants a gradient through a closure; pass it as an argument"
                 )
-        return [leaf.is_floating_point() and self._storage(leaf) not in self._frozen for leaf in leaves]
+        return tuple([leaf.is_floating_point() and self._storage(leaf) not in self._frozen for leaf in leaves])
 
-    def __call__(self, name: str, leaves: Sequence[Tensor], run: Callable[[], tuple[Any, Tree]]) -> tuple[Any, Tree]:
-        out, residuals = run()
-        outputs = list(out) if isinstance(out, tuple) else [out]
-        kept, spec = tree.flatten(residuals)
-        codes = [_code(t, leaves, outputs) for t in kept]
+    def __call__(self, name: str, leaves: Sequence[Tensor], run: Callable[[], _Result]) -> _Result:
+        out, kept, spec = result = run()
+        outputs, count = out if isinstance(out, tuple) else (out,), len(leaves)
+        at = {id(o): i for i, o in enumerate(outputs, count)}
+        at.update([(id(leaf), i) for i, leaf in enumerate(leaves)])  # what is both is an argument
+        residuals: list[Any] = [at.get(id(t), t) for t in kept]
         keep = self.policy.get(name) in (SAVE, OFFLOAD)
-        parts = residuals if isinstance(residuals, tuple) else ()
-        spare = [t for part in parts if isinstance(part, Spare) for t in tree.leaves(part)]
-        if spare and not self.spares:
-            codes = [("none", 0) if any(t is s for s in spare) else code for t, code in zip(kept, codes, strict=True)]
-        fresh = [code for code in codes if isinstance(code, Tensor) and not any(code is s for s in spare)]
-        rebuilt = bool(fresh) or any(not isinstance(code, Tensor) and code[0] == "out" for code in codes)
-        made = [_code(o, leaves, ()) for o in outputs]
-        self.entries.append(
-            _Entry(
+        if (spare := tree.places(spec, Spare)) and not self.spares:
+            holes = [ABSENT if i in spare else place for i, place in enumerate(residuals)]
+            residuals, spec = tree.flatten(tree.unflatten(holes, spec))
+            spare = ()
+        arguments = [place for place in residuals if place.__class__ is int and place < count]
+        rebuilt = len(arguments) + len(spare) < len(residuals)
+        self.noted.append(
+            _Noted(
                 name=name,
                 keep=keep,
                 several=isinstance(out, tuple),
-                outputs=[("lost", (o.shape, o.dtype)) if isinstance(o, Tensor) and not keep else o for o in made],
-                residuals=codes if keep or not rebuilt else None,
-                residual_spec=spec,
+                outputs=[at[id(o)] if at[id(o)] < count else o if keep else (o.shape, o.dtype) for o in outputs],
+                residuals=residuals if keep or not rebuilt else None,
+                spec=spec,
                 reads=self._storages(leaves),
-                makes=self._storages([o for o in made if isinstance(o, Tensor)]),
-                needs=self._storages([leaves[c[1]] for c in codes if not isinstance(c, Tensor) and c[0] == "arg"]),
+                makes=self._storages([o for o in outputs if at[id(o)] >= count]),
+                needs=self._storages([leaves[i] for i in arguments]),
             )
         )
-        return out, residuals
+        return result
 
     def _storages(self, tensors: Sequence[Tensor]) -> set[int]:
-        """Identities of storages. A weak reference to each is held, so that none is given out twice while we record."""
         return {self._storage(t) for t in tensors}
 
     def _storage(self, t: Tensor) -> int:
-        storage = t.untyped_storage()
-        key = storage._cdata
-        if key not in self._seen:
-            self._seen[key] = StorageWeakRef(storage)
+        """Its identity. A weak reference to what was made is held, so that none is given out twice while we record."""
+        key = self._given.get(id(t))
+        if key is None:
+            storage = t.untyped_storage()
+            key = storage._cdata
+            if key not in self._made:
+                self._made[key] = StorageWeakRef(storage)
         return key
 
-    def finish(self, final: Sequence[Tensor]) -> list[_Entry]:
+    def finish(self, final: Sequence[Tensor]) -> list[_Noted]:
         """Reverse liveness: a call runs again only if somebody reads what it makes, or its own backward needs it.
 
         Raises ValueError for names in the policy that no call of the layer has."""
-        names = {entry.name for entry in self.entries}
+        names = {call.name for call in self.noted}
         if unknown := sorted(set(self.policy) - names - {INPUT}):
             raise ValueError(f"remat: policy names {unknown}, but the calls of this layer are {sorted(names)}")
-        seen_by_ops = set().union(*(entry.reads for entry in self.entries)) if self.entries else set()
+        seen_by_ops = set().union(*[call.reads for call in self.noted])
         returned = self._storages(final)
         wanted: set[int] = set()
-        for entry in reversed(self.entries):
-            read_outside_ops = not (entry.makes & seen_by_ops) and not (entry.makes & returned)
-            if entry.keep:
-                entry.fate = "saved"
-            elif entry.makes & wanted or read_outside_ops or entry.residuals is None:
-                entry.fate, entry.residuals = "run", None
-                wanted |= entry.reads
+        for call in reversed(self.noted):
+            read_outside_ops = call.makes.isdisjoint(seen_by_ops) and call.makes.isdisjoint(returned)
+            if call.keep:
+                call.fate = "saved"
+            elif not call.makes.isdisjoint(wanted) or read_outside_ops or call.residuals is None:
+                call.fate, call.residuals = "run", None
+                wanted |= call.reads
             else:
-                entry.fate = "dead"
-            wanted |= entry.needs
-        return self.entries
-
-
-def _code(residual: Any, leaves: Sequence[Tensor], outputs: Sequence[Tensor]) -> Any:
-    for kind, pool in (("arg", leaves), ("out", outputs)):
-        for i, t in enumerate(pool):
-            if t is residual:
-                return (kind, i)
-    return residual
+                call.fate = "dead"
+            wanted |= call.needs
+        return self.noted
 
 
 class _Replay:
@@ -255,24 +274,28 @@ class _Replay:
             self._next(name)
         return run
 
-    def needs(self, name: str, leaves: Sequence[Tensor]) -> list[bool]:
-        return [False] * len(leaves)
+    def needs(self, name: str, leaves: Sequence[Tensor]) -> tuple[bool, ...]:
+        return (False,) * len(leaves)
 
-    def __call__(self, name: str, leaves: Sequence[Tensor], run: Callable[[], tuple[Any, Tree]]) -> tuple[Any, Tree]:
+    def __call__(self, name: str, leaves: Sequence[Tensor], run: Callable[[], _Result]) -> _Result:
         entry = self._next(name)
         if entry.fate == "run":
             return run()
         outputs: list[Tensor] = []
-        for kind, what in entry.outputs:
-            if kind == "lost":  # never read; NaN in case that is wrong
-                (shape, dtype), where = what, leaves[0].device
+        for place in entry.outputs:
+            if place.__class__ is int:
+                outputs.append(leaves[place] if place >= 0 else self.tensors[~place].detach())
+            else:  # never read; NaN in case that is wrong
+                (shape, dtype), where = place, leaves[0].device
                 value = float("nan") if dtype.is_floating_point else 0
                 outputs.append(torch.full((), value, dtype=dtype, device=where).expand(shape))
-            else:
-                outputs.append(leaves[what] if kind == "arg" else self.tensors[what].detach())
-        pools = {"arg": leaves, "out": outputs, "kept": self.tensors, "none": (ABSENT,)}
-        residuals = tree.unflatten([pools[kind][i] for kind, i in entry.residuals or ()], entry.residual_spec)
-        return (tuple(outputs) if entry.several else outputs[0]), residuals
+        here = (*leaves, *outputs)
+        residuals = [here[place] if place >= 0 else self.tensors[~place] for place in entry.residuals]
+        return tuple(outputs) if entry.several else outputs[0], residuals, entry.spec
+
+
+def _kept_by_nobody(t: Tensor, name: str) -> int:
+    raise AssertionError(f"remat: {name} keeps a tensor of a tile")
 
 
 @contextlib.contextmanager
@@ -290,12 +313,11 @@ class _Layer(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         needs = ctx.needs_input_grad[1:]
         tell("layer", "forward")
-        frozen = [leaf for leaf, need in zip(leaves, needs, strict=True) if not need]
-        tape = _Record(plan.policy, frozen)
+        inside = [leaf.detach() if need else leaf for leaf, need in zip(leaves, needs, strict=True)]
+        tape = _Record(plan.policy, inside, needs)
         with _taping(tape):
-            out = plan.fn(*tree.unflatten([leaf.detach() for leaf in leaves], plan.spec))
+            out = plan.fn(*tree.unflatten(inside, plan.spec))
         outputs, plan.out_spec = tree.flatten(out)
-        entries = tape.finish(outputs)
         # What is kept: the arguments, then of every saved call its outputs and fresh residuals.
         kept = list(leaves)
         moving = [i for i, (leaf, need) in enumerate(zip(leaves, needs, strict=True)) if need and not leaf.is_leaf]
@@ -305,15 +327,10 @@ class _Layer(torch.autograd.Function):
             kept.append(t)
             if plan.policy.get(name) == OFFLOAD:
                 away.add(len(kept) - 1)
-            return len(kept) - 1
+            return ~(len(kept) - 1)
 
-        for entry in entries:
-            if entry.fate == "saved":
-                entry.outputs = [("kept", keep(o, entry.name)) if isinstance(o, Tensor) else o for o in entry.outputs]
-            if entry.residuals is not None:
-                codes = [("kept", keep(c, entry.name)) if isinstance(c, Tensor) else c for c in entry.residuals]
-                entry.residuals = codes
-        ctx.plan, ctx.entries, ctx.inputs, ctx.away = plan, entries, len(leaves), sorted(away)
+        entries = tuple([call.entry(keep) for call in tape.finish(outputs)])
+        ctx.plan, ctx.entries, ctx.away = plan, entries, sorted(away)
         ctx.save_for_backward(*[t for i, t in enumerate(kept) if i not in away])
         ctx.device, ctx.parcel = outputs[0].device, None
         if away:
@@ -323,8 +340,8 @@ class _Layer(torch.autograd.Function):
             fate = plan.policy.get(INPUT, SAVE)
             fates.append(Fate(INPUT, fate, sum(leaves[i].nbytes for i in moving)))
             for entry in entries:
-                slots = [i for kind, i in (*(entry.residuals or ()), *entry.outputs) if kind == "kept"]
-                size = sum(kept[slot].nbytes for slot in slots)
+                places = [i for i in (*entry.residuals, *entry.outputs) if isinstance(i, int) and i < 0]
+                size = sum(kept[~i].nbytes for i in places)
                 fate = {"run": RECOMPUTE, "saved": plan.policy.get(entry.name)}.get(entry.fate, entry.fate)
                 fates.append(Fate(entry.name, str(fate), size))
         tell("layer", "end")
@@ -338,7 +355,7 @@ class _Layer(torch.autograd.Function):
         back = iter(offload.take(ctx.parcel, ctx.device) if ctx.away else ())
         kept = [next(back if i in ctx.away else here) for i in range(len(ctx.saved_tensors) + len(ctx.away))]
         needs = ctx.needs_input_grad[1:]
-        inputs = [x.detach().requires_grad_(need) for x, need in zip(kept[: ctx.inputs], needs, strict=True)]
+        inputs = [x.detach().requires_grad_() if need else x for x, need in zip(kept, needs, strict=False)]
         given = tuple(ABSENT if ct is None else ct for ct in cotangents)
         # The engine's threads do not see the user's context: the backend of forward is set again here.
         with backend.using(plan.backend), remembering(Memo() if plan.decode_once else None):
@@ -378,7 +395,7 @@ def tiled(
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
             out = apply(op_call, leaves)
         else:
-            out = op_call.forward(leaves, tuple(tape.needs(name, leaves)) if tape else (False,) * len(leaves))[0]
+            out = op_call.forward(leaves, tape.needs(name, leaves) if tape else (False,) * len(leaves))[0]
         return tree.unflatten(out, tiles.out_spec)
 
     return call
@@ -402,19 +419,17 @@ class _Tiles:
             yield here, tree.map(lambda t, here=here: t[here].detach(), rows)
 
     def tiled_fwd(self, w: Tree, rows: Tree, *, needs: Tree) -> tuple[tuple[Tensor, ...], Tree]:
-        both = zip(tree.leaves((w, rows)), tree.leaves(needs), strict=True)
-        frozen = [leaf for leaf, need in both if need is not True]
-        still, whole = tree.map(detach, w), []
+        still, whole, wanted = tree.map(detach, w), [], tree.leaves(needs)
         memo = Memo() if self.decode_once else None
         if memo is not None:
             memo.hold = True
         with torch.no_grad(), remembering(memo):
             for here, part in self._tiles(rows):
-                tape = _Record({}, frozen, spares=False)
+                tape = _Record({}, tree.leaves((still, part)), wanted, spares=False)
                 with _taping(tape):
                     out = self.fn(still, *part)
                 found, self.out_spec = tree.flatten(out)
-                self.entries[here.stop - here.start] = tape.finish(found)
+                self.entries[here.stop - here.start] = [call.entry(_kept_by_nobody) for call in tape.finish(found)]
                 if not whole:
                     self.added, whole = self._begin(out, part, here.stop, tree.leaves(rows))
                 for target, t, added, passed in zip(whole, found, self.added, self.passed, strict=True):

@@ -6,6 +6,8 @@ pytree registry, so trees made here are understood by ``torch.compile``, ``torch
 is JAX's, the dataclass form Equinox's."""
 
 import dataclasses
+import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
@@ -241,6 +243,15 @@ def _unflatten(spec: Spec, leaves_: Iterator[Any]) -> Tree:
 def leaves(tree: Tree) -> list[Any]:
     """All leaves, in the order of :func:`flatten`."""
     return flatten(tree)[0]
+
+
+@functools.lru_cache(_SPECS_KEPT)
+def places(spec: Spec, kind: type) -> tuple[int, ...]:
+    """Numbers of the leaves that lie in nodes of one kind."""
+    if spec.kind is kind:
+        return tuple(range(spec.num_leaves))
+    ends = itertools.accumulate(child.num_leaves for child in spec.children)
+    return tuple([end - child.num_leaves + i for child, end in zip(spec.children, ends) for i in places(child, kind)])
 
 
 def items(tree: Tree) -> list[tuple[str, Any]]:
