@@ -244,6 +244,48 @@ def test_what_a_kernel_asks_for_and_its_tensors_are_addresses(monkeypatch):
             assert addresses == [x.data_ptr(), w.data_ptr(), y.data_ptr()]
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_memory_that_is_not_filled(direct, uses, monkeypatch):
+    """It comes from where code of PyTorch's compiler has it, if that is there: the same tensors, with the same bits."""
+    made = []
+
+    def counting(*form):
+        made.append(form)
+        return kept[DEVICE.type](*form)
+
+    kept = prepared._DIRECT
+    assert kept[DEVICE.type] is not None
+    monkeypatch.setattr(prepared, "_DIRECT", {DEVICE.type: counting} if direct else {})
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    for repeat in range(4):
+        x, w, dy = rand(5, 48).requires_grad_(), rand(48).requires_grad_(), rand(5, 48)
+        y = ops.layer_norm(x, w)
+        got = y, *torch.autograd.grad(y, (x, w), dy)
+        with monkeypatch.context() as patch:
+            patch.setattr(device, "straight", lambda _: False)
+            y = ops.layer_norm(x, w)
+            want = y, *torch.autograd.grad(y, (x, w), dy)
+        for ours, theirs in zip(got, want, strict=True):
+            assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
+        assert all(t.device == x.device and t.is_leaf != t.requires_grad for t in got)
+        assert len(made) == (4 * repeat if direct else 0)  # y, statistics, dx, dw
+    assert len(uses) == 2 * 3
+
+
+def test_views_of_lasting_memory(uses, monkeypatch):
+    monkeypatch.setattr(device, "LASTING", {})
+    ones = device.lasting(torch.ones(3, device=DEVICE))
+
+    def scaled(x, *, needs):
+        return x * ones[1:2].expand(2, 4), ()
+
+    f = prepared.prepared(scaled)
+    for _ in range(4):
+        x = rand(2, 4)
+        assert torch.equal(f(x, needs=())[0], x)
+    assert len(uses) == 2
+
+
 @pytest.mark.parametrize("then", [lambda out: out.sum().item(), lambda out: out.nonzero()])
 def test_what_depends_on_numbers_is_never_prepared(then, uses):
     f = prepared.prepared(halves)

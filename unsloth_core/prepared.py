@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils import deterministic
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import device, tree
@@ -66,7 +67,7 @@ def prepared(f: _F) -> _F:
     @functools.wraps(f)
     def call(*args: Any, needs: Any = ABSENT, **statics: Any) -> Any:
         leaves, spec = tree.flatten(args)
-        wanted, form = tree.flatten(needs)
+        wanted, form = ((), None) if needs is ABSENT else tree.flatten(needs)
         return leafwise(leaves, (spec, *wanted, form, *statics.items()), plain, args, needs, statics)
 
     call.leafwise = _leafwise()  # type: ignore[attr-defined]
@@ -136,6 +137,10 @@ _NEW = {  # what makes new tensors, and what makes them again
     **dict.fromkeys((_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default), torch.zeros),
     **dict.fromkeys((_aten.ones.default, _aten.ones_like.default, _aten.new_ones.default), torch.ones),
 }
+# What code of PyTorch's compiler allocates with, on the current device: half the time, and nothing is ever filled in.
+_GUARDS = getattr(torch._C._dynamo, "guards", None)
+_DIRECT = {kind: getattr(_GUARDS, f"_empty_strided_{kind}", None) for kind in ("cuda", "cpu")}
+_deterministic = torch.are_deterministic_algorithms_enabled
 _BY_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -241,8 +246,11 @@ class _Writer:
 
     def _empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> str:
         """New memory. (``torch.empty`` takes longer.)"""
+        direct, of = _DIRECT.get(self.where.type), self._value(dtype, "c")
+        if direct is not None and not (deterministic.fill_uninitialized_memory and _deterministic()):
+            return f"{self._value(direct, 'empty')}({shape}, {strides}, {of})"
         made = self._value(torch.empty_strided, "empty_strided")
-        return f"{made}({shape}, {strides}, dtype={self._value(dtype, 'c')}, device={self._value(self.where, 'c')})"
+        return f"{made}({shape}, {strides}, dtype={of}, device={self._value(self.where, 'c')})"
 
     def _add_launch(self, step: device.Launch) -> None:
         function, words = device.again(step)
@@ -256,14 +264,14 @@ class _Writer:
     def _word(self, word: Any) -> str:
         """An argument of a launch. Kernels do not see shapes: a tensor is its address, if ``device.again`` says so."""
         if isinstance(word, device.Address):
-            if id(word.of) in device.LASTING:
+            if _lasts(word.of):
                 return repr(word.of.data_ptr())
             root, distance = self._root(word.of)
             return f"at_{self.names[id(root)]}" + (f" + {distance}" if distance else "")
         if isinstance(word, device.Descriptor):
             return f"{self._value(word.again, 'descriptor')}({self._tensor(word.of)})"
         if isinstance(word, Tensor):
-            if id(word) in self.names or id(word) in device.LASTING:
+            if id(word) in self.names or _lasts(word):
                 return self._tensor(word)
             root, distance = self._root(word)
             form = distance, word.dtype, word.shape, word.stride()
@@ -285,7 +293,7 @@ class _Writer:
 
     def _tensor(self, t: Tensor) -> str:
         """A tensor as PyTorch sees it."""
-        if id(t) in device.LASTING:
+        if _lasts(t):
             return self._value(t, "lasting")
         root, distance = self._root(t)
         self.scratch.pop(self.names[id(root)], None)
@@ -366,6 +374,12 @@ class _Writer:
         name = f"{name}{len(self.values)}"
         self.values[name] = value
         return name
+
+
+def _lasts(t: Tensor) -> bool:
+    """Whether ``t`` is a lasting tensor or a view of one."""
+    memory = t.untyped_storage()._cdata
+    return any(memory == lasting.untyped_storage()._cdata for lasting in device.LASTING.values())
 
 
 def _seen_as(distance: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], root: Tensor) -> Tensor:
