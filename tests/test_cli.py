@@ -116,6 +116,29 @@ def test_config_round_trip(whole, model, examples, tmp_path):
     assert config["target_modules"] == ["down_proj", "q_proj"] and config["r"] == 2
 
 
+def test_every_option_of_adapters_and_places_at_once(model, examples, loaded, tmp_path):
+    """Ranks by name, rsLoRA, dropout, NF4 linears, embedding and head in NF4, resumed from its own run.toml."""
+    common = ("finetune", model, examples, "--device", "cpu", "--quantize", "nf4", "--embed", "nf4", "--head", "nf4")
+    named = ("--rank", "q_proj=2,v_proj=5", "--rslora", "--dropout", "0.3", "--tokens", 128, "--save-every", 1)
+    done = unsloth_core(*common, *named, "--steps", 2, "--output", tmp_path / "a")
+    assert done.exit_code == 0, done.stderr
+    adapters = uc.lora.load(tmp_path / "a", loaded[1])
+    assert {(path.rpartition(".")[2], len(one.a)) for path, one in adapters.items()} == {("q_proj", 2), ("v_proj", 5)}
+    assert {round(one.scale**2, 4) for one in adapters.values()} == {2, 5}  # rank / sqrt(rank)
+    again = unsloth_core(*common, "--config", tmp_path / "a" / "run.toml", "--output", tmp_path / "b")
+    assert again.exit_code == 0, again.stderr
+    assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b")
+    other = unsloth_core(*common[:-2], "--config", tmp_path / "a" / "run.toml")  # the head in 16 bits: other weights
+    assert_one_line(other, "was made with another model")
+
+
+@pytest.mark.parametrize("text", ["x", "q_proj=", "q_proj=2,v_proj", "0", "v_proj=0", "nothing=3"])
+def test_ranks_that_are_none_are_refused(text, model, examples, tmp_path):
+    done = finetune(model, examples, "--rank", text, "--output", tmp_path / "out")
+    assert_one_line(done, "rank")
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_round_trip_through_toml(tmp_path):
     odd = Options(output='runs/"ü😀"', alpha=1e-5, rslora=True, targets=["q_proj"], max_norm=float("inf"), steps=3)
     for options in (Options(), odd):

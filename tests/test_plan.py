@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from oprule import DEVICE
+from test_four_bit import quantised, read
 from tiny import VERSIONS, checkpoint_of, judge
 from tiny_folder import write_folder
 from typer.testing import CliRunner
@@ -87,6 +88,30 @@ def test_the_weights_are_those_that_a_config_declares():
     few = Shape.of(LLAMA_8B).weights(1, "nf4", torch.bfloat16)
     linears = 218_103_808
     assert tree.nbytes(few.layers) == linears // 2 + linears // 64 + linears // 4096 + 7 * 1028 + 2 * 2 * 4096
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_a_checkpoint_in_4_bits_is_planned_as_it_is_stored(double):
+    skip = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp", "o_proj")
+    checkpoint, nodes = quantised("qwen3", skip=skip, dtype=torch.bfloat16, double=double)
+    _, params = read(checkpoint, torch.bfloat16)
+    shape = Shape.of(checkpoint.config)
+    facts = lambda weights: [(path, t.shape, t.dtype) for path, t in tree.items(weights)]  # noqa: E731
+    assert facts(params) == facts(shape.weights(shape.layers, None, torch.bfloat16))
+    found = plan(checkpoint.config, 64)
+    assert found.best.weights == tree.nbytes(params) and "nf4 as stored" in found.title and len(nodes) > 4
+    spared = {**checkpoint.config["quantization_config"], "llm_int8_skip_modules": ["layers.7.mlp.down_proj"]}
+    raw = {**checkpoint.config, "quantization_config": spared, "num_hidden_layers": 9, "layer_types": None}
+    r = runs({k: v for k, v in raw.items() if v is not None})
+    found, whole = (f(*a) for f, a in ((r.whole, (Schedule({}),)), (r.run, (Schedule({}), 9))))
+    assert r.sizes == (4, 5) and found.weights == whole.weights
+    assert found.peaks == pytest.approx(whole.peaks, abs=8 * 512)  # other tensors are rounded up to blocks
+
+
+def test_a_checkpoint_that_cannot_be_read_cannot_be_planned():
+    for stored in ({"quant_method": "gptq", "bits": 4}, {"quant_method": "bitsandbytes", "load_in_8bit": True}):
+        with pytest.raises(NotImplementedError, match="only bitsandbytes' 4 bits can be read"):
+            plan({**LLAMA_8B, "quantization_config": stored}, 64)
 
 
 def test_a_smaller_budget_gives_a_smaller_and_slower_step():

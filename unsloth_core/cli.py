@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch
 import typer
@@ -38,7 +38,8 @@ EXPECTED = (ValueError, OSError, ImportError, NotImplementedError, torch.OutOfMe
 # One line for every field of Options.
 OPTION_HELP = {
     "output": "Folder for the adapter, metrics.jsonl, loss.png, run.toml and checkpoints.",
-    "rank": "Rank of the adapters: how much they can learn, and how large they are.",
+    "rank": "Rank of the adapters: how much they can learn, and how large they are. By name, q_proj=8,v_proj=16:"
+    " then only those are adapted.",
     "alpha": "Strength of the adapters; their scale is alpha / rank. Default: the rank.",
     "rslora": "Scale by alpha / sqrt(rank) instead.",
     "targets": "What is adapted: all-linear, attention, or names such as q_proj,v_proj.",
@@ -76,6 +77,14 @@ class Quantization(enum.StrEnum):
     nf4 = "nf4"
 
 
+class Where(enum.StrEnum):
+    """Where the embedding or the head is, and how: ``load.PLACES``."""
+
+    device = "device"
+    host = "host"
+    nf4 = "nf4"
+
+
 ModelArgument = Annotated[
     str, typer.Argument(help="A Hub id (org/name), a folder of safetensors, or a .gguf file.", metavar="MODEL")
 ]
@@ -85,6 +94,16 @@ DtypeOption = Annotated[
 ]
 QuantizeOption = Annotated[
     Quantization | None, typer.Option(help="Store the model's linear layers in 4 bits: a quarter of the memory.")
+]
+EmbedOption = Annotated[
+    Where | None,
+    typer.Option(
+        help="The embedding: on the device, on the host (its rows come over the link), or there in 4 bits (nf4)."
+        " Default: on the device; with --memory, device or host, as the plan says."
+    ),
+]
+HeadOption = Annotated[
+    Where | None, typer.Option(help="The head, likewise. A tied head is the embedding: give that alone.")
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show where in the code an error happened.")]
 
@@ -125,7 +144,8 @@ def _takes_options(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     types = get_type_hints(Options)
     for field in dataclasses.fields(Options):
-        kind = (get_args(types[field.name]) or (types[field.name],))[0]  # `float | None`, `str | list[str]`
+        kinds = get_args(types[field.name]) or (types[field.name],)  # `float | None`, `str | list[str]`
+        kind = str if any(get_origin(k) is dict for k in kinds) else kinds[0]
         default = "" if field.default is None else f"  [default: {field.default}]"
         annotation = Annotated[kind | None, typer.Option(help=OPTION_HELP[field.name] + default)]
         keyword = inspect.Parameter.KEYWORD_ONLY
@@ -153,6 +173,8 @@ def finetune(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
+    embed: EmbedOption = None,
+    head: HeadOption = None,
     resume: Annotated[
         bool,
         typer.Option("--resume/--no-resume", help="Go on from a checkpoint in the output folder, if there is any."),
@@ -176,6 +198,8 @@ def finetune(
         chosen |= {name: value for name, value in options.items() if value is not None}
         if isinstance(names := chosen.get("targets"), str):
             chosen["targets"] = _names(names)
+        if isinstance(text := chosen.get("rank"), str):
+            chosen["rank"] = _ranks(text)
         run = Options(**chosen)
         checkpoints = Path(run.output) / "checkpoints"
         if resume:
@@ -183,10 +207,10 @@ def finetune(
         examples = read_examples(data)  # before the model, which may take minutes to come
         planned = None
         if memory is not None:
-            planned = _plan(model, run, memory, None, dtype, quantize)
+            planned = _plan(model, run, memory, None, dtype, quantize, embed, head)
             best = planned.best
             _say(f"{best.describe()}: {best.peak / 2**30:.2f} GiB predicted; `unsloth-core plan` shows what else fits")
-        places = {"embed": planned.best.embed, "head": planned.best.head} if planned else {}
+        places = {"embed": planned.best.embed, "head": planned.best.head} if planned else _places(embed, head)
         bound, params = _load(model, device, dtype, quantize, **places)
         if resume and (last := checkpoint.newest(checkpoints)):
             _say(f"Going on from {last}; --no-resume would start over.")
@@ -298,13 +322,15 @@ def plan(
         str | None, typer.Option(help="Most that tensors may take on the GPU, such as 24GiB. Default: any amount.")
     ] = None,
     sequence: Annotated[int | None, typer.Option(help="Length of the examples. Default: one of all tokens.")] = None,
-    rank: Annotated[int, typer.Option(help=OPTION_HELP["rank"])] = Options.rank,
+    rank: Annotated[str, typer.Option(help=OPTION_HELP["rank"])] = str(Options.rank),
     targets: Annotated[str, typer.Option(help=OPTION_HELP["targets"])] = "all-linear",
     dropout: Annotated[float, typer.Option(help=OPTION_HELP["dropout"])] = Options.dropout,
     optimizer_states: Annotated[str, typer.Option(help=OPTION_HELP["optimizer_states"])] = Options.optimizer_states,
     accumulate: Annotated[int, typer.Option(help=OPTION_HELP["accumulate"])] = Options.accumulate,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the model's weights. Default: bfloat16.")] = None,
     quantize: QuantizeOption = None,
+    embed: EmbedOption = None,
+    head: HeadOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Show the fastest way to fine-tune MODEL in so much memory: what is kept, its size, where the peak is, and the
@@ -316,26 +342,42 @@ def plan(
     """
     with _one_line_errors(debug):
         run = Options(
-            tokens=tokens, rank=rank, targets=_names(targets), dropout=dropout, optimizer_states=optimizer_states,
-            accumulate=accumulate,
+            tokens=tokens, rank=_ranks(rank), targets=_names(targets), dropout=dropout,
+            optimizer_states=optimizer_states, accumulate=accumulate,
         )  # fmt: skip
-        typer.echo(str(_plan(model, run, memory, sequence, dtype, quantize)))
+        typer.echo(str(_plan(model, run, memory, sequence, dtype, quantize, embed, head)))
 
 
 def _names(targets: str) -> str | list[str]:
     return targets if targets in ("all-linear", "attention") else [name.strip() for name in targets.split(",")]
 
 
+def _ranks(text: str) -> int | dict[str, int]:
+    """``"16"``, or ``"q_proj=8,v_proj=16"``; how large they may be, Options says."""
+    try:
+        if "=" not in text:
+            return int(text)
+        return {name.strip(): int(rank) for name, rank in (item.split("=") for item in text.split(","))}
+    except ValueError:
+        expected = "a number, or numbers by name such as q_proj=8,v_proj=16"
+        raise ValueError(f"rank is {text!r}, expected {expected}") from None
+
+
+def _places(embed: Where | None, head: Where | None) -> dict[str, str]:
+    """What was asked for, as keywords of ``load`` and ``plan``."""
+    return {name: place.value for name, place in (("embed", embed), ("head", head)) if place is not None}
+
+
 def _plan(
     source: str, run: Options, memory: str | None, sequence: int | None, dtype: Dtype | None,
-    quantize: Quantization | None,
+    quantize: Quantization | None, embed: Where | None, head: Where | None,
 ) -> Plan:  # fmt: skip
     config = text_config(hub.read_config(source), source)
     return make_plan(
         {**config, "_name_or_path": source}, run.tokens, memory, sequence=sequence, rank=run.rank, targets=run.targets,
         dropout=run.dropout, optimizer_states=run.optimizer_states, accumulate=run.accumulate,
         capture=run.capture is not False, quantize=None if quantize is None else quantize.value,
-        dtype=getattr(torch, (dtype or Dtype.bfloat16).value),
+        dtype=getattr(torch, (dtype or Dtype.bfloat16).value), **_places(embed, head),
     )  # fmt: skip
 
 

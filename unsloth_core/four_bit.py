@@ -74,19 +74,44 @@ class FourBitCheckpoint:
         return self.whole.tokenizer()
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredSo:
+    """What a config.json says of a checkpoint in bitsandbytes' 4 bits: its bytes can be known before there is one."""
+
+    nested: bool  # absmax is quantised itself
+    skipped: tuple[str, ...]  # names of modules, or what they begin or end with, that stay 16-bit
+
+    def holds(self, name: str) -> bool:
+        """Whether the weight of a linear is stored in 4 bits; transformers' rule (``should_convert_module``)."""
+        module = name.removesuffix(".weight")
+        begins = any(f"{module}.".startswith(f"{skip}.") for skip in self.skipped)
+        return not begins and not module.endswith(self.skipped)
+
+
+def stored_so(config: Mapping[str, Any], source: str) -> StoredSo | None:
+    """How config.json says that the weights are stored; None: plainly.
+
+    Raises NotImplementedError for weights that are stored quantised in another way than bitsandbytes' 4 bits."""
+    stored = config.get("quantization_config")
+    if not stored:
+        return None
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored
+    if not isinstance(stored, dict) or method != "bitsandbytes" or stored.get("load_in_8bit"):
+        kind = f"{method}, 8 bits" if method == "bitsandbytes" else method
+        raise NotImplementedError(
+            f"{source}: config.json has a quantization_config ({kind}), and of quantised safetensors only "
+            'bitsandbytes\' 4 bits can be read; load the original 16-bit weights, with quantize="nf4" for 4 bits'
+        )
+    skipped = stored.get("llm_int8_skip_modules") or ()
+    return StoredSo(bool(stored.get("bnb_4bit_use_double_quant")), tuple(map(str, skipped)))
+
+
 def four_bit(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with its 4-bit tensors put together; one without any as it is.
 
     Raises NotImplementedError for weights that are stored quantised in another way, ValueError for states that lie.
     """
-    stored = checkpoint.config.get("quantization_config")
-    method = stored.get("quant_method") if isinstance(stored, dict) else stored
-    if stored and (method != "bitsandbytes" or stored.get("load_in_8bit")):  # type: ignore[union-attr]
-        kind = f"{method}, 8 bits" if method == "bitsandbytes" else method
-        raise NotImplementedError(
-            f"{checkpoint.source}: config.json has a quantization_config ({kind}), and of quantised safetensors only "
-            'bitsandbytes\' 4 bits can be read; load the original 16-bit weights, with quantize="nf4" for 4 bits'
-        )
+    stored_so(checkpoint.config, checkpoint.source)
     states = [match for name in checkpoint.names if (match := _STATE.fullmatch(name))]
     there = set(checkpoint.names)
     nodes = {match[1]: _node(checkpoint, match[1], match[2], there) for match in states}

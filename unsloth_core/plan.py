@@ -226,7 +226,7 @@ def _stages(run: Rehearsal) -> Iterator[list[Schedule]]:
     tiled = [Schedule(policy, tile=tile) for tile in tiles for policy in _policies(["attn", "pre"])]
     yield whole
     yield tiled
-    if run.quantize:
+    if run.coded:
         yield [dataclasses.replace(s, decode_once=False) for s in whole + tiled]
 
 
@@ -255,7 +255,7 @@ def _chain(run: Rehearsal) -> tuple[list[str], str]:
 def _between(run: Rehearsal, a: Candidate, b: Candidate, limit: int) -> Iterator[Candidate]:
     """``a`` with as many of its last layers as fit having ``b``'s policy; nothing if that is none."""
     few, many, whole = 4, 3, run.shape.layers
-    if whole <= few + many or not run.shape.alike:
+    if whole <= few + many or not run.shape.alike or run.unlike:
         return
     policy, rich = a.schedule.policy, b.schedule.policy or {}
 

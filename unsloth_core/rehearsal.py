@@ -177,9 +177,10 @@ class Rehearsal:
         self.shape = shape = Shape.of(model)
         self.tokens, self.length, self.rates = tokens, length, rates
         self.rank, self.targets, self.quantize, self.dtype = rank, targets, quantize, dtype
+        self.coded = bool(quantize or shape.stored)  # whether there is something to decode
         self.dropout = dropout
         self.states, self.accumulate, self.capture = OPTIMIZER_STATES[optimizer_states], accumulate, capture
-        kind = quantize or str(dtype).removeprefix("torch.")
+        kind = quantize or ("nf4 as stored" if shape.stored else str(dtype).removeprefix("torch."))
         self.title = f"{shape.name}, {kind}, {tokens} tokens in segments of {length}, rank {rank}, {rates.name}"
         self.title += f", dropout {dropout}" * (dropout > 0)
         self.lengths = [length] * (tokens // length) + [tokens % length] * (tokens % length > 0)
@@ -188,9 +189,18 @@ class Rehearsal:
             vocab_size=shape.config.vocab_size, tokens=tokens, segments=max(8, tokens // 16, len(self.lengths)),
         ).to("meta")  # fmt: skip
         self.sizes = (shape.layers,) if shape.layers <= 5 or not shape.alike else (4, 5)
+        self.unlike = self._unlike() if shape.stored and len(self.sizes) > 1 else 0
         self._models: dict[int, tuple[Model, Any, Any]] = {}
         self._losses: dict[tuple[int | None, str], int] = {}
         self._attention: dict[tuple[int | None, bool], float] = {}
+
+    def _unlike(self) -> int:
+        """Bytes that the weights of all layers take above what the first layers say: of some layers a checkpoint in 4
+        bits may spare matrices."""
+        few, last, whole = (
+            tree.nbytes(self.shape.weights(n, self.quantize, self.dtype)) for n in (*self.sizes, self.shape.layers)
+        )
+        return whole - last - (self.shape.layers - self.sizes[-1]) * (last - few)
 
     def model(self, layers: int) -> tuple[Model, Any, Any]:
         """A model of so many layers, its weights and its adapters."""
@@ -252,8 +262,8 @@ class Rehearsal:
             return b + more * (b - a)
 
         numbers = {f.name: go_on(getattr(few[0], f.name), getattr(last, f.name)) for f in _NUMBERS}
-        peaks = {name: go_on(few[0].peaks[name], value) for name, value in last.peaks.items()}
-        return Found(peaks=peaks, **numbers)
+        peaks = {name: go_on(few[0].peaks[name], value) + self.unlike for name, value in last.peaks.items()}
+        return Found(peaks=peaks, **{**numbers, "weights": numbers["weights"] + self.unlike})
 
     def gone(self, embed: str, head: str) -> int:
         """Bytes that embedding and head do not take on the device."""

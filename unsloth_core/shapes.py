@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .four_bit import FourBitCheckpoint, StoredSo, stored_so
 from .load import read_weights
 from .models import family_of
 from .models.decoder import Model
+from .ops import nf4
 from .weights import declared_leaves
 
 META = torch.device("meta")
@@ -27,10 +29,12 @@ class Shape:
     config: Any
     biases: bool  # of a config that does not say: see weights.declared_leaves
     name: str
+    stored: StoredSo | None = None  # of a checkpoint that is in 4 bits already
 
     @staticmethod
     def of(model: Model | Mapping[str, Any]) -> "Shape":
-        """Of a model that is loaded, or of the content of a ``config.json``. Raises ValueError for anything else."""
+        """Of a model that is loaded, or of the content of a ``config.json``. Raises ValueError for anything else, and
+        NotImplementedError for one whose weights are stored in a way that ``load`` does not read."""
         if isinstance(model, Model):
             return Shape(model.family, model.config, False, model.source or "model")
         if not isinstance(model, Mapping):
@@ -39,7 +43,7 @@ class Shape:
         family = family_of(dict(model))
         biases = any(model.get(name) for name in ("attention_bias", "mlp_bias"))
         name = str(model.get("_name_or_path") or model["model_type"])
-        return Shape(family, family.Config.from_hf(model), biases, name)
+        return Shape(family, family.Config.from_hf(model), biases, name, stored_so(model, name))
 
     @property
     def layers(self) -> int:
@@ -67,14 +71,21 @@ class Shape:
     ) -> Any:  # fmt: skip
         """What ``load`` would read with these options; by default shapes without memory."""
         config = self.cut(layers)
-        shapes = {
-            name: (rows, *d.rest)
+        there = [
+            (name, (rows, *d.rest), d.linear)
             for d in declared_leaves(self.family.Weights, config)
             if d.path != ("head",) or not config.tie_word_embeddings
             if not (d.optional and d.path != ("head",)) or self.biases
             for name, rows in zip(d.names, d.rows, strict=True)
-        }
-        checkpoint = Declared(shapes, dtype, make or (lambda _, shape: torch.empty(shape, dtype=dtype, device=META)))
+        ]
+        shapes = {name: shape for name, shape, _ in there}
+        checkpoint: Any = Declared(
+            shapes, dtype, make or (lambda _, shape: torch.empty(shape, dtype=dtype, device=META))
+        )
+        if (stored := self.stored) is not None:
+            coded = [name for name, _, linear in there if linear and stored.holds(name)]
+            nodes = {name: nf4.quantize(checkpoint.tensor(name), double_quant=stored.nested) for name in coded}
+            checkpoint = FourBitCheckpoint(checkpoint, nodes)
         options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "embed": embed, "head": head}
         return read_weights(checkpoint, self.family.Weights, config, **options)
 

@@ -37,7 +37,7 @@ class Options:
     """What a run is made of; the fields of ``--config run.toml`` and of ``uc.finetune``."""
 
     output: str = "runs/finetune"  # folder for adapter, metrics.jsonl, loss.png, run.toml and checkpoints
-    rank: int = 16
+    rank: int | dict[str, int] = 16  # or by name, {"q_proj": 8, ...}; then only those are adapted
     alpha: float | None = None  # None: the rank, so the scale is 1
     rslora: bool = False
     targets: str | list[str] = "all-linear"
@@ -78,7 +78,10 @@ class Options:
         for name in ("lr", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"finetune: {name} is {getattr(self, name)}, expected a number of at least 0")
-        for name in ("rank", "epochs", "accumulate", "eval_every", "save_every"):
+        ranks = list(self.rank.values()) if isinstance(self.rank, dict) else [self.rank]
+        if not ranks or not all(type(r) is int and r >= 1 for r in ranks):
+            raise ValueError(f"finetune: rank is {self.rank}, expected at least 1")
+        for name in ("epochs", "accumulate", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"finetune: {name} is {getattr(self, name)}, expected at least 1")
         if self.steps is not None and self.steps < 1:
@@ -124,7 +127,9 @@ def _check_type(where: str, name: str, value: Any) -> None:
 
 
 def _toml(value: Any) -> str:
-    """JSON writes these values as TOML does, but for its infinity, its pairs of surrogates, and a bare delete."""
+    """JSON writes these values as TOML does, but for tables, its infinity, its pairs of surrogates, a bare delete."""
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{_toml(k)} = {_toml(v)}' for k, v in value.items())} }}"
     return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -306,8 +311,10 @@ def finetune(
             if (i + 1) % o.save_every == 0 and i + 1 < steps:
                 os.fsync(log.fileno())  # a checkpoint without its rows cannot be gone on from
                 checkpoint.save(output / "checkpoints", i + 1, (adapters, state), {"options": identity})
-    lora.save(adapters, output, model)
-    plot_loss(history, output / "loss.png")
+    try:
+        plot_loss(history, output / "loss.png")
+    finally:  # last, because an adapter says that its run is finished; and whatever happens to a picture
+        lora.save(adapters, output, model)
     return adapters, history
 
 

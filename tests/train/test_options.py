@@ -36,7 +36,10 @@ def test_schedules(schedule, tmp_path):
         ({"learning_rate": 1e-3}, "finetune: unknown option 'learning_rate', expected the fields of Options"),
         ({"schedule": "step"}, r"finetune: schedule is 'step', expected one of \('constant', 'linear', 'cosine'\)"),
         ({"rank": 0}, "finetune: rank is 0, expected at least 1"),
-        ({"rank": "8"}, "finetune: rank is '8', expected int"),
+        ({"rank": {}}, "finetune: rank is {}, expected at least 1"),
+        ({"rank": {"q_proj": 8, "v_proj": 0}}, "finetune: rank is {'q_proj': 8, 'v_proj': 0}, expected at least 1"),
+        ({"rank": {"nothing": 8}}, r"rank names \['nothing'\], but the model's linears are"),
+        ({"rank": "8"}, r"finetune: rank is '8', expected int or dict\[str, int\]"),
         ({"rank": 8.0}, "finetune: rank is 8.0, expected int"),
         ({"rank": True}, "finetune: rank is True, expected int"),
         ({"steps": 0}, "finetune: steps is 0, expected at least 1"),
@@ -76,7 +79,8 @@ def test_bad_options(options, message, tmp_path):
     options=st.fixed_dictionaries(
         {},
         optional={
-            "output": TEXT, "rank": st.integers(1, 2**70), "alpha": st.none() | POSITIVE | st.integers(1, 99),
+            "output": TEXT, "rank": st.integers(1, 2**70) | st.dictionaries(TEXT, st.integers(1, 99), min_size=1),
+            "alpha": st.none() | POSITIVE | st.integers(1, 99),
             "rslora": st.booleans(), "targets": TEXT | st.lists(TEXT, max_size=3), "lr": POSITIVE | st.just(1),
             "schedule": st.sampled_from(train.SCHEDULES), "max_norm": POSITIVE | st.just(math.inf),
             "steps": st.none() | st.integers(1), "seed": st.integers(),
@@ -91,6 +95,13 @@ def test_options_survive_a_file(options, tmp_path_factory):
     read = Options.from_toml(file)
     assert Options(**read) == made
     assert read.keys() == {k for k, v in dataclasses.asdict(made).items() if v is not None}
+
+
+def test_ranks_by_name_adapt_those_alone(tmp_path):
+    lora, _ = run(tmp_path, steps=2, targets="all-linear", rank={"v_proj": 3, "down_proj": 2}, alpha=6, rslora=True)
+    assert {path.rpartition(".")[2]: len(one.a) for path, one in lora.items()} == {"v_proj": 3, "down_proj": 2}
+    assert {one.scale for one in lora.values()} == {6 / math.sqrt(3), 6 / math.sqrt(2)}
+    assert "rank = { " in (tmp_path / "run.toml").read_text()
 
 
 def test_other_kinds_of_paths_and_sequences_are_taken(tmp_path):
