@@ -33,6 +33,7 @@ PEERS = {
     "rms_norm": lambda x, w: quack.rmsnorm(x, w, eps=1e-6),
     "add_rms_norm": add_rms_norm,
     "softmax": quack.softmax,
+    "softmax_wide": quack.softmax,
     "rope": Peer(rope, lambda q, k, cos, sin: (q, k, cos.to(q.dtype), sin.to(q.dtype))),
     "cross_entropy": lambda logits, targets: quack.cross_entropy(logits, targets, reduction="none"),
     "linear_cross_entropy": linear_cross_entropy,
