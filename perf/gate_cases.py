@@ -281,10 +281,11 @@ def _experts(call: Calls, r: Random, target: Target) -> None:
                     args = (x, w, tuple(plan), *more)
                     call(f"grouped_linear {form} {tokens} {dtype} {name}", uc.grouped_linear, args, wanted)
     # Operands that TMA cannot address, or whose last step reaches into the next expert.
-    _, _, *plan, _, _ = uc.route(r.normal(4096, E), top_k=T)
-    for M, C in ((1000, 1000), (520, 1024)):
-        args = (r.normal(4096, C), r.normal(E, M, C), tuple(plan))
-        call(f"grouped_linear {M}x{C}", uc.grouped_linear, args, lambda x, w, plan: (x, w))
+    for tokens in (256, 4096):
+        _, _, *plan, _, _ = uc.route(r.normal(tokens, E), top_k=T)
+        for M, C in ((1000, 1000), (520, 1024)):
+            args = (r.normal(tokens, C), r.normal(E, M, C), tuple(plan))
+            call(f"grouped_linear {tokens} {M}x{C}", uc.grouped_linear, args, lambda x, w, plan: (x, w))
 
 
 def _expert_weights(
@@ -378,7 +379,7 @@ def rows(target: Target) -> Iterator[Row]:
                 facts |= {"HEAD": range(1 if size <= 128 else 129, size + 1)}
                 facts |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
                 yield Row(f"attention_decode.TABLE[{kind!r}, {size}] {dtype}", "attention_decode._attend", facts)
-    hopper = {"large", "medium", "few"}  # of grouped_linear's tables
+    hopper = {"large", "medium", "few", "few ragged"}  # of grouped_linear's tables
     for table, kernel in (("CONFIGS", "_rows_kernel"), ("WEIGHT_CONFIGS", "_weight_kernel")):
         for name, config in getattr(grouped_linear, table).items():
             here = name not in hopper if target.capability[0] != 9 else "portable" not in name
