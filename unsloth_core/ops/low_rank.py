@@ -252,23 +252,22 @@ def _sum_shares(
 
 @triton.jit
 def _gradients_kernel(
-    x, t, dy, u, out, partials, arrived, scales, starts, rows, ranks,
-    N, C, R, x_n, x_c, dy_n, dy_m, chunk, a_tiles, all_ranks, b_offset,
+    x, t, dy, u, da, db, partials, arrived, scales, starts, rows, ranks,
+    N, C, R, x_n, x_c, dy_n, dy_m, chunk, a_tiles, all_ranks,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One tile of dA (columns of x, ranks) or of a dB_i (columns of dy, ranks of i), over ``chunk`` of the tokens."""
     tile = tl.program_id(0)
     of_a = tile < a_tiles
-    # What the tile is made of: columns from ``start`` on of src, ranks from ``low`` on of thin, how many, the place.
+    # What the tile is made of: columns from ``start`` on of src, ranks from ``low`` on of thin, how many, its memory.
     src = tl.where(of_a, x, dy)
     thin = tl.where(of_a, t, u)
     src_n = tl.where(of_a, x_n, dy_n).to(tl.int64)
     src_c = tl.where(of_a, x_c, dy_m).to(tl.int64)
     start, width, low, count, local, scale = 0, C, 0, all_ranks, tile, 1.0
-    place = tl.zeros((), tl.int64)
+    out = da
     next_tile = a_tiles
     next_low = 0
-    next_place = tl.zeros((), tl.int64) + b_offset
     for i in tl.static_range(len(rows)):
         tiles_i = tl.cdiv(rows[i], BLOCK_C) * tl.cdiv(ranks[i], BLOCK_R)
         here = (tile >= next_tile) & (tile < next_tile + tiles_i)
@@ -278,10 +277,9 @@ def _gradients_kernel(
         count = tl.where(here, ranks[i], count)
         local = tl.where(here, tile - next_tile, local)
         scale = tl.where(here, scales[i], scale)
-        place = tl.where(here, next_place, place)
+        out = tl.where(here, db[i], out)
         next_tile += tiles_i
         next_low += ranks[i]
-        next_place += (tl.zeros((), tl.int64) + rows[i]) * ranks[i]
     blocks_r = tl.cdiv(count, BLOCK_R)
     c = (local // blocks_r) * BLOCK_C + tl.arange(0, BLOCK_C)
     r = (local % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -299,7 +297,7 @@ def _gradients_kernel(
         acc = dot(thin_tile, src_tile, acc)
     acc *= scale
     at = c.to(tl.int64)[None, :] * tl.where(of_a, 1, count) + r.to(tl.int64)[:, None] * tl.where(of_a, C, 1)
-    at = out + place + at
+    at = out + at
     if SPLIT:
         _sum_shares(
             acc, at, c_inside & r_inside, partials, arrived, tile, split, tl.num_programs(1), BLOCK_R, BLOCK_C
@@ -454,7 +452,8 @@ def adapters(w: Adapted, shape: tuple[int, int]) -> Adapters:
 
 def _leaves(which: Adapters) -> tuple[Any, Any, Any]:
     """Every a, every b and every scale."""
-    return tuple(zip(*[(p.a.contiguous(), p.b.contiguous(), float(p.scale)) for p in which.parts], strict=True))
+    a, b, scales = zip(*[(p.a.contiguous(), p.b.contiguous(), float(p.scale)) for p in which.parts], strict=True)
+    return a, b, scales
 
 
 def _jobs_of_a(which: Adapters) -> int:
@@ -579,29 +578,31 @@ def _shares(tiles: int, n: int, tokens: int, sms: int) -> tuple[int, int]:
 def gradients(
     which: Adapters, x: Any, t: Any, dy: Tensor, u: Any, arrived: Any, how: Split, want_b: Sequence[bool]
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
-    """``([dA_i], [dB_i])``, fp32, in one launch: every dA_i (without ``x`` none), those dB_i that ``want_b`` names."""
+    """``([dA_i], [dB_i])``, fp32, in one launch: every dA_i (without ``x`` none), those dB_i that ``want_b`` names.
+
+    The dA_i are rows of one new tensor, each dB_i is one of its own: views take the host longer than memory."""
     config = CONFIGS["interpreted" if device.interpreting() else "gradients"]
     (_, c), n = which.shape, dy.shape[0]
     total = sum(which.ranks)
     rows = tuple(rows if want else 0 for rows, want in zip(which.rows, want_b, strict=True))
-    sizes = [total * c if how.a_tiles else 0, *(m * r for m, r in zip(rows, which.ranks, strict=True))]
-    out = dy.new_empty(sum(sizes), dtype=torch.float32)
+    da = dy.new_empty((total, c), dtype=torch.float32) if how.a_tiles else ABSENT
+    sizes = zip(which.rows, which.ranks, strict=True)
+    db = [dy.new_empty(size, dtype=torch.float32) if want else ABSENT for size, want in zip(sizes, want_b, strict=True)]
+    some = next(g for g in (da, *db) if g is not ABSENT)  # stands where nothing is written
+    outs = [some if g is ABSENT else g for g in (da, *db)]
     tiles, split = how.a_tiles + how.b_tiles, how.splits > 1
     partials = dy.new_empty(tiles * how.splits * config.inner * how.ranks, dtype=torch.float32) if split else None
     thin = t if u is ABSENT else u
     device.launch(
         _gradients_kernel, (tiles, how.splits),
-        dy if x is ABSENT else x, thin if t is ABSENT else t, dy, thin, out, partials,
+        dy if x is ABSENT else x, thin if t is ABSENT else t, dy, thin, outs[0], tuple(outs[1:]), partials,
         arrived if split else None, tuple(float(p.scale) for p in which.parts), which.starts, rows,
         which.ranks, n, c, thin.shape[1], *(dy if x is ABSENT else x).stride(), *dy.stride(), how.chunk, how.a_tiles,
-        total, sizes[0],
+        total,
         BLOCK_C=config.inner, BLOCK_N=config.tokens, BLOCK_R=how.ranks, SPLIT=split,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
-    first, *each = out.split(sizes)
-    da = list(first.view(total, c).split(which.ranks)) if how.a_tiles else [ABSENT for _ in which.parts]
-    db = [g.view(m, r) if want else ABSENT for g, m, r, want in zip(each, rows, which.ranks, want_b, strict=True)]
-    return da, db
+    return list(da.split(which.ranks)) if how.a_tiles else [ABSENT for _ in which.parts], db
 
 
 def takes_both_sides(which: Adapters, dy: Tensor) -> bool:
