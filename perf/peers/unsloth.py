@@ -52,20 +52,19 @@ class SwiGLU(torch.autograd.Function):
     """(2, N, F) -> (N, F).
 
     Unsloth calls the kernels from the backward of a whole MLP, which has no more use for gate and up and wants the
-    output once more: backward writes the output over the cotangent and both gradients over gate and up."""
+    output once more: backward writes the output over the cotangent and both gradients over gate and up, which is why
+    they are not autograd's to save."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
+        ctx.gate_up = gate_up.detach()
         gate, up = gate_up[:, None]
         return swiglu(gate, up)[0]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate_up = gate_up.detach()
-        swiglu_backward(dy, *gate_up)
-        return gate_up
+        swiglu_backward(dy, *ctx.gate_up)
+        return ctx.gate_up
 
 
 def lora(x: Tensor, w: Any) -> Tensor:
