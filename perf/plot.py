@@ -1,7 +1,7 @@
 """Draw what was measured: ``python perf/plot.py`` makes docs/ops.svg and docs/roofline.svg of perf/records/ops.jsonl.
 
 Of rows that measure the same the latest counts, and one figure shows one GPU. Each op appears at its first shape,
-beside its fastest peer at that shape. A bar is the share of the machine's ceiling: the time that the least work would
+beside its fastest peer in the same run. A bar is the share of the machine's ceiling: the time that the least work would
 take at the rates of a large copy and a large bf16 product, over the measured time. Its axis begins at 0. Colours are a
 blue and a grey that differ in lightness too; text and lines read on white and on black."""
 
@@ -37,12 +37,13 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+SAME = ("op", "direction", "shape", "dtype", "commit", "date")  # a run has one commit and one date
 MARKERS = {"fwd": "o", "bwd": "^", "fwd+bwd": "s"}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One op in one direction: our row, and that of the fastest peer if there is any."""
+    """One op in one direction: our row, and that of the fastest peer in the same run if there is any."""
 
     ours: Row
     peer: Row | None
@@ -57,11 +58,11 @@ def pairs(rows: Sequence[Row]) -> list[Pair]:
     """Every op at the first shape that was measured of it, in the order of the records."""
     first: dict[str, list[int]] = {}
     found = []
+    peers = [row for row in rows if is_peer(row["impl"])]
     for ours in (row for row in rows if row["impl"] == "ours"):
         if first.setdefault(ours["op"], ours["shape"]) != ours["shape"]:
             continue
-        peers = [row for row in rows if is_peer(row["impl"])]
-        same = [p for p in peers if all(p[key] == ours[key] for key in ("op", "direction", "shape", "dtype"))]
+        same = [p for p in peers if all(p[key] == ours[key] for key in SAME)]
         found.append(Pair(ours, min(same, key=lambda row: row["ms"], default=None)))
     return found
 

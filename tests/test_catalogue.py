@@ -73,6 +73,8 @@ def test_of_rows_that_measure_the_same_the_latest_counts():
     other = {**ROW, "gpu": "another"}
     assert catalogue.latest([ROW, other, old]) == [ROW, other]
     assert catalogue.latest([old, ROW, other]) == [ROW, other]
+    wrong = {**ROW, "date": "2026-12-31T00:00:00+00:00", "flaw": "host time"}
+    assert catalogue.latest([ROW, wrong]) == [ROW] and catalogue.latest([wrong]) == []
 
 
 def test_a_variant_belongs_to_its_op_and_an_op_to_itself():

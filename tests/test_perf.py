@@ -219,6 +219,23 @@ def test_ratio_is_the_fastest_peers_time_over_this_one(machine):
         assert some["ours"]["ratio_to_best_peer"] == pytest.approx(best / some["ours"]["ms"], rel=2e-3)
 
 
+def test_every_record_is_complete_and_its_ratio_is_over_all_peers_of_its_run():
+    rows = [json.loads(line) for line in (run.ROOT / "perf/records/ops.jsonl").read_text("utf-8").splitlines()]
+    runs = collections.defaultdict(list)
+    for row in rows:
+        assert row.keys() - {"flaw"} == KEYS | (row.keys() & set(run.RATIOS))
+        assert row["op"] in CASES and row["direction"] in ("fwd", "bwd", "fwd+bwd") and row["ms"] > 0
+        runs[row["op"], *row["shape"], row["direction"], row["commit"], row["date"]].append(row)
+    for some in runs.values():
+        assert len({row["impl"] for row in some}) == len(some)
+        best = min((row["ms"] for row in some if ops.is_peer(row["impl"])), default=None)
+        for row in some:
+            if best is None or row["impl"].startswith("ours: "):
+                assert row["ratio_to_best_peer"] is None
+            else:
+                assert row["ratio_to_best_peer"] == pytest.approx(best / row["ms"], rel=2e-3)
+
+
 def test_smoke_prints_a_table_and_writes_nothing(tmp_path, capsys):
     assert run.main(["--smoke", "glu", "--out", str(tmp_path / "rows.jsonl")]) == 0
     assert list(tmp_path.iterdir()) == []

@@ -128,9 +128,9 @@ def read_records(file: Path = RECORDS) -> list[Row] | None:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of rows that measure the same, the one with the latest date."""
+    """Of rows that measure the same, the one with the latest date; none with a ``flaw``, which says why it is wrong."""
     kept: dict[Any, Row] = {}
-    for row in rows:
+    for row in (row for row in rows if "flaw" not in row):
         key = (row["op"], row["impl"], row["direction"], tuple(row["shape"]), row["dtype"], row["gpu"])
         if key not in kept or kept[key]["date"] <= row["date"]:
             kept[key] = row
