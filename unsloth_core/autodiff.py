@@ -58,6 +58,7 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
     optional = [i for i, default in enumerate(defaults) if default is not inspect.Parameter.empty]
     rest = {i: tuple(defaults[i:]) for i in (*optional, len(defaults))}  # what goes behind i given arguments
     checked: dict[tuple[type, ...], tree.Spec] = {}  # structures of arguments that fit, by their types
+    fitting: set[tuple[type, ...]] = set()  # types of arguments that fit but for their leaves
 
     def bind(args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
         """Arguments in order, however they were given; what is left in ``keywords`` are the statics."""
@@ -112,8 +113,10 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
         """Leaves and structure of arguments that are what the op takes. Raises TypeError for others."""
         leaves, spec = tree.flatten(args)
         for leaf in leaves:
-            if not isinstance(leaf, Tensor):
+            if leaf.__class__ is not Tensor and not isinstance(leaf, Tensor):
                 raise TypeError(_misfit(op_name, arguments, args))
+        if leaves and types in fitting:
+            return leaves, spec
         for i, kind in kinds:
             if not isinstance(args[i], kind):
                 raise TypeError(_misfit(op_name, arguments, args))
@@ -121,6 +124,8 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
             raise TypeError(f"{op_name}: no argument has a tensor")
         if spec.flat:  # then their types say all there is
             checked[types] = spec
+        else:
+            fitting.add(types)
         return leaves, spec
 
     identity = tracing.register(run, fwd)
@@ -221,8 +226,8 @@ class Call:
             )
         else:
             out, residuals = fwd(*args, needs=tree_of_needs, **statics)
-        kept, spec = tree.flatten(residuals)
-        return out, tuple(kept), spec
+        kept, form = tree.flatten(residuals)
+        return out, tuple(kept), form
 
     def backward(
         self,
@@ -290,23 +295,20 @@ class Op(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         """Gradients of the leaves."""
-        # Only ``create_graph=True`` has gradients enabled here; nodes that raise are made for nobody else.
-        return _once(ctx, *cotangents) if torch.is_grad_enabled() else Op._backward(ctx, *cotangents)
-
-    @staticmethod
-    def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # only with ``create_graph=True``; nodes that raise are made for nobody else
+            return _once(ctx, *cotangents)
         call, spec, several = ctx.about
         present = [ct for ct in cotangents if ct is not None]
         if not present:
             return (None,) * len(ctx.needs_input_grad)
         if _any_autocast() and _under_autocast(present):  # backward was called inside it
             with torch.autocast(present[0].device.type, enabled=False):
-                return Op._backward(ctx, *cotangents)
+                return Op.backward(ctx, *cotangents)
         residuals = ctx.saved_tensors, spec
         return call.backward(residuals, several, cotangents, present, ctx.needs_input_grad[1:])
 
 
-_once = once_differentiable(Op._backward)
+_once = once_differentiable(Op.backward)  # which runs it without gradients
 _apply_op = super(torch.autograd.Function, Op).apply  # type: ignore[misc]
 
 

@@ -167,19 +167,7 @@ def flatten(tree: Tree) -> tuple[list[Any], Spec]:
             return (list(tree) if flat.num_leaves == len(tree) else [x for x in tree if x is not ABSENT]), flat
     found: list[Any] = []
     met: list[Any] = []
-    left = [tree]
-    while left:
-        value = left.pop()
-        node = _NODES.get(value.__class__)
-        if node is None:
-            found.append(value)
-            met.append(None)
-        elif value is ABSENT:
-            met.append(ABSENT)
-        else:
-            children = node.children(value)
-            met += (value.__class__, len(children), node.context(value))
-            left += children[::-1]
+    _walk((tree,), found, met)
     key = tuple(met)
     try:
         spec = _SPECS.get(key)
@@ -194,6 +182,24 @@ def flatten(tree: Tree) -> tuple[list[Any], Spec]:
                 _SPECS.clear()
             _SPECS[key] = spec
     return found, spec
+
+
+def _walk(values: Iterable[Any], found: list[Any], met: list[Any]) -> None:
+    """Leaves that are met, and what tells structures apart."""
+    for value in values:
+        kind = value.__class__
+        if kind is Tensor:  # what there is most of
+            found.append(value)
+            met.append(None)
+        elif (node := _NODES.get(kind)) is None:
+            found.append(value)
+            met.append(None)
+        elif value is ABSENT:
+            met.append(ABSENT)
+        else:
+            children = node.children(value)
+            met += (kind, len(children), node.context(value))
+            _walk(children, found, met)
 
 
 def opened(value: Tree) -> tuple[tuple[Any, ...], Any] | None:
