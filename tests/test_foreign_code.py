@@ -1,4 +1,5 @@
-"""Every op inside other people's code: torch.compile with one whole graph, autocast, views of larger tensors.
+"""Every op inside other people's code: torch.compile with one whole graph, autocast, views of larger tensors,
+checkpointing, hooks on what is saved, inference mode.
 
 The results are those of the plain call, bit for bit: whatever surrounds an op, the same kernels run."""
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 from oprule import DEVICE, assert_same_up_to_order
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from perf import ops as measured
-from unsloth_core import backend, ops, tree
+from unsloth_core import backend, ops, optim, tree
+from unsloth_core.ops import nf4
 
-CASES = {case.op: case for case in measured.cases(DEVICE) if case.op in ops.__all__}
+CASES = {case.op: case for case in measured.cases(DEVICE) if not case.op.startswith("adamw")}
+VARIANTS = sorted(CASES.keys() - {*ops.__all__})  # other weights, other shapes, and functions without a gradient
 each_op = pytest.mark.parametrize("op", ops.__all__)
 
 
@@ -61,6 +65,37 @@ def test_one_graph_of_torch_compile(op):
         assert_equal(results(op, args, compiled), results(op, args, foreign))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_in_one_graph_of_torch_compile(variant):
+    """The first call of all is the traced one: tables that kernels keep for good must be real ones even so."""
+    args = arguments(variant)
+    nf4.table.cache_clear()
+    nf4._midpoints.cache_clear()
+
+    def foreign(*args):
+        out = CASES[variant].ours(*args)
+        return [o * 1 for o in (out if isinstance(out, tuple) else (out,))]
+
+    def through_a_node(*args):
+        return nf4.dequantize(CASES[variant].ours(*args)) * 1
+
+    call = through_a_node if variant == "nf4_quantize" else foreign
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_equal(results(variant, args, compiled), results(variant, args, call))
+
+
+def test_global_norm_in_one_graph_of_torch_compile():
+    grads = {"a": torch.randn(5, 7, device=DEVICE), "b": torch.randn(3, device=DEVICE, dtype=torch.bfloat16)}
+
+    def clipped(grads):
+        return optim.clip_factor(optim.global_norm(grads), 1.0) * grads["a"]
+
+    torch.compiler.reset()
+    compiled = torch.compile(clipped, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(grads), clipped(grads))
+
+
 @each_op
 @pytest.mark.parametrize("name", backend.NAMES)
 def test_autocast_does_not_reach_inside(op, name):
@@ -90,3 +125,58 @@ def test_views_of_larger_tensors(op):
     for a, b in zip(results(op, views, CASES[op].ours), results(op, args, CASES[op].ours), strict=True):
         assert a.dtype == b.dtype
         assert_same_up_to_order(a.float(), b.float())
+
+
+@each_op
+def test_checkpointing_and_hooks_on_what_is_saved(op):
+    """What runs again, or comes back from elsewhere as another tensor, gives the same bits."""
+    args, ours = arguments(op), CASES[op].ours
+    wanted = results(op, args, ours)
+    assert_equal(results(op, args, functools.partial(checkpoint, ours, use_reentrant=False)), wanted)
+    hooks = functools.partial(torch.autograd.graph.saved_tensors_hooks, torch.clone, torch.clone)
+    assert_equal(results(op, args, ours, forward=hooks), wanted)
+
+
+@each_op
+def test_reentrant_checkpointing(op):
+    """It collects in ``.grad``, which is all that it can do."""
+    args, ours = arguments(op), CASES[op].ours
+    trained = CASES[op].wanted(*args)
+    if not trained:
+        return
+    grads = []
+    for call in (ours, functools.partial(checkpoint, ours, use_reentrant=True)):
+        for t in trained:
+            t.grad = None
+            t.requires_grad_()
+        outputs = [o for o in tree.leaves(call(*args)) if o.requires_grad]
+        torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+        grads.append([t.grad for t in trained])
+    assert_equal(grads[1], grads[0])
+
+
+@each_op
+def test_inference_mode(op):
+    """Inside it, and with tensors that were made there; more than twice, for then calls are prepared."""
+    ours = CASES[op].ours
+    wanted = [t.detach() for t in tree.leaves(ours(*arguments(op)))]
+    with torch.inference_mode():
+        made_there = arguments(op)
+        assert_equal(tree.leaves(ours(*made_there)), wanted)
+    for _ in range(2):
+        assert_equal(tree.leaves(ours(*made_there)), wanted)
+
+
+@each_op
+def test_some_arguments_want_a_gradient(op):
+    """Each one alone gets what it gets beside the others."""
+    args, ours = arguments(op), CASES[op].ours
+    trained = CASES[op].wanted(*args)
+    full = results(op, args, ours)[-len(trained) :] if trained else []
+    for i, t in enumerate(trained):
+        for other in trained:
+            other.requires_grad_(other is t)
+        outputs = [o for o in tree.leaves(ours(*args)) if o.requires_grad]
+        (alone,) = torch.autograd.grad(outputs, t, [torch.ones_like(o) for o in outputs])
+        assert alone.dtype == full[i].dtype
+        assert_same_up_to_order(alone.float(), full[i].float())

@@ -8,6 +8,7 @@ pair returns trees in which arguments stand as residuals; :func:`opaque` takes t
 
 import ast
 import collections
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import tree
+from .device import is_fake
 from .tree import Tree
 
 _OPS: dict[str, Callable[[tuple[Any, ...], str, dict[str, Any]], Any]] = {}
@@ -94,3 +96,33 @@ def opaque(f: Callable[[list[Tensor]], Tree], tensors: Sequence[Tensor]) -> Tree
     whole = [(new if fresh else given)[i] for fresh, i in function.places]
     leaves = [t if view is None else t.as_strided(*view) for t, view in zip(whole, function.views, strict=True)]
     return tree.unflatten(leaves, function.spec)
+
+
+def whole(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Make ``f(*trees, **statics) -> tree``, which has no gradient, one node of a graph that is being traced.
+
+    It may take some of its trees by name; but nothing that it writes to (``out=``) while it is traced."""
+
+    def run(args: tuple[Any, ...], name: str, statics: dict[str, Any]) -> Any:
+        leaves, spec = tree.flatten(args)
+
+        def call_it(tensors: Sequence[Tensor]) -> Any:
+            positional, named = tree.unflatten(tensors, spec)
+            return f(*positional, **named, **statics)
+
+        return opaque(call_it, leaves) if any(is_fake(leaf) for leaf in leaves) else call_it(leaves)
+
+    identity = register(run, f)
+
+    @functools.wraps(f)
+    def called(*args: Any, **keywords: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            return f(*args, **keywords)
+        named = {key: value for key, value in keywords.items() if isinstance(value, Tensor)}
+        if "out" in named:
+            raise NotImplementedError(f"{f.__name__}: out= is not supported under torch.compile")
+        statics = {key: value for key, value in keywords.items() if key not in named}
+        prepare()
+        return call(identity, (args, named), f.__name__, repr(statics))
+
+    return called

@@ -49,6 +49,7 @@ from ..autodiff import custom_vjp
 from ..cost import Cost
 from ..device import launch
 from ..prepared import prepared
+from ..tracing import whole
 from ..tree import ABSENT
 from .checks import check_device, check_dtype
 from .logits_row import (
@@ -296,6 +297,7 @@ def _weight_sum(weight: Any, label_smoothing: float) -> Any:
     return ABSENT if weight is ABSENT or label_smoothing == 0.0 else total(weight)
 
 
+@whole
 def loss_and_grad(
     logits_NV: Tensor,
     targets_N: Tensor,

@@ -6,13 +6,32 @@ moment) twice as many per decade. Dettmers, arXiv 1511.04561 and 2110.02861; the
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
+from .. import tree
 from ..device import lasting
+
+
+def kept(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Call ``make(device, ...)``, which returns tables, once for each device and keep them.
+
+    Whoever comes first may be tracing, with tensors that have no memory (torch.compile): the tables are real all the
+    same, for kernels will read them."""
+
+    @functools.cache
+    @functools.wraps(make)
+    def once(*args: Any) -> Any:
+        with _disable_current_modes():
+            return tree.map(lasting, make(*args))
+
+    return once
 
 
 def dynamic_map(where: torch.device | str = "cpu", *, signed: bool = True) -> Tensor:
@@ -27,11 +46,11 @@ def dynamic_map(where: torch.device | str = "cpu", *, signed: bool = True) -> Te
     return torch.cat([negative, points, torch.tensor([0.0, 1.0])]).sort().values.to(where)
 
 
-@functools.cache
+@kept
 def tables(where: torch.device, signed: bool) -> tuple[Tensor, Tensor]:
     """The map on a device, and the 255 midpoints of its neighbours: what :func:`nearest` takes."""
     points = dynamic_map(signed=signed)
-    return lasting(points.to(where)), lasting(((points[:-1] + points[1:]) / 2).to(where))
+    return points.to(where), ((points[:-1] + points[1:]) / 2).to(where)
 
 
 @triton.jit

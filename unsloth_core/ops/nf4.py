@@ -19,7 +19,6 @@ Limits: contiguous tensors; block sizes that are powers of two from 32 to 4096.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -31,10 +30,11 @@ from torch import Tensor
 from .. import backend, device
 from ..cost import Cost
 from ..prepared import prepared
+from ..tracing import whole
 from ..tree import ABSENT
 from ..weights import NF4, Nested
 from .checks import check_device, check_dtype
-from .dynamic_map import nearest, tables
+from .dynamic_map import kept, nearest, tables
 from .language import cast
 
 TABLE = (
@@ -136,6 +136,7 @@ def _quantize_absmax_kernel(
     tl.store(codes + element, nearest(scaled, midpoints, True).to(tl.uint8), mask=inside)
 
 
+@whole
 def dequantize(w: NF4, *, out: Tensor | None = None) -> Tensor:
     """(M, C) in ``w.dtype``, or written into a contiguous ``out`` (rows of a larger buffer) and returned.
 
@@ -222,6 +223,7 @@ def gather(w: NF4, rows_N: Tensor) -> NF4:
     return dataclasses.replace(w, codes=codes, absmax=absmax, nested=ABSENT, shape=(rows_N.shape[0], c))
 
 
+@whole
 def quantize(t_MC: Tensor, *, double_quant: bool = True, block: int = 64) -> NF4:
     """The nearest NF4 matrix: the table entry nearest to ``x * (1 / absmax)``, absmax that of its ``block`` elements.
 
@@ -283,17 +285,17 @@ def cost(w: NF4) -> Cost:
     return Cost(bytes=(elements + 1) // 2 + statistics + elements * w.dtype.itemsize, flops=elements)
 
 
-@functools.cache
+@kept
 def table(where: torch.device) -> Tensor:
     """The 16 entries, (16,) fp32."""
-    return device.lasting(torch.tensor(TABLE, dtype=torch.float32, device=where))
+    return torch.tensor(TABLE, dtype=torch.float32, device=where)
 
 
-@functools.cache
+@kept
 def _midpoints(where: torch.device) -> Tensor:
     """Between neighbours of the table, (15,) fp32, rounded there."""
     entries = torch.tensor(TABLE, dtype=torch.float32)
-    return device.lasting(((entries[:-1] + entries[1:]) / 2).to(where))
+    return ((entries[:-1] + entries[1:]) / 2).to(where)
 
 
 def check(op: str, w: NF4) -> None:

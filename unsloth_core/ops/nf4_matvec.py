@@ -33,6 +33,7 @@ from torch import Tensor
 from .. import backend, device, tree
 from ..cost import Cost
 from ..prepared import prepared
+from ..tracing import whole
 from ..tree import ABSENT
 from ..weights import NF4
 from . import nf4
@@ -235,6 +236,7 @@ def takes(x_NC: Tensor, w: NF4) -> bool:
     return 1 <= x_NC.shape[0] <= ROWS_OF_X and pairs and aligned and w.dtype in (x_NC.dtype, torch.float32)
 
 
+@whole
 def nf4_matvec(
     x_NC: Tensor,
     w: NF4,

@@ -7,9 +7,12 @@ from torch import Tensor
 
 from .. import tree
 from ..backend import resolve
+from ..device import is_fake
+from ..tracing import whole
 from . import multi_tensor
 
 
+@whole
 def global_norm(grads: Any) -> Tensor:
     """Euclidean norm over all leaves of a tree, accumulated in fp32: a fp32 scalar on their device.
 
@@ -29,6 +32,8 @@ def global_norm(grads: Any) -> Tensor:
         if not leaves:
             return torch.zeros((), device=next((leaf.device for leaf in tree.leaves(grads)), None))
         if resolve(leaves[0]) == "triton":
+            if is_fake(leaves[0]):  # being traced: it has no address
+                return leaves[0].new_empty((), dtype=torch.float32)
             return multi_tensor.norm([leaf.contiguous() for leaf in leaves])
         return torch.stack([leaf.float().square().sum() for leaf in leaves]).sum().sqrt()
 
