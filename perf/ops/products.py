@@ -105,6 +105,21 @@ def cases() -> Iterator[Case]:
         costs=lambda args, N, M, C: {d: linear(N, args[1]) for d in ("fwd", "bwd")},
     )
     yield Case(
+        op="linear_lora_nf4",  # QLoRA: adapters on a base in NF4
+        shapes=shapes,
+        small=small,
+        tiny=tiny,
+        make=lambda r, N, M, C: (
+            r.normal(N, C),
+            Adapted(base=nf4.quantize(r.matrix(M, C)), parts=(_lora(r, M, C),), rows=(M,)),
+        ),
+        wanted=lambda x, w: [x, *(leaf for part in w.parts for leaf in (part.a, part.b))],
+        ours=uc.linear,
+        peers={"torch": backend.reference("linear")},
+        costs=lora_costs,
+        compiles=False,
+    )
+    yield Case(
         op="nf4_dequantize",  # M, C
         shapes=((14336, 4096), (4096, 4096)),
         small=(256, 4096),

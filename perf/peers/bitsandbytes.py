@@ -1,8 +1,10 @@
 """bitsandbytes' NF4 and its 8-bit AdamW, over the same bytes: our layout is its layout (its 0.50.2)."""
 
+import types
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import (
     QuantState,
@@ -44,6 +46,17 @@ def linear(x: Tensor, w: Packed) -> Tensor:
     return matmul_4bit(x, codes.t(), quant_state=state)
 
 
+def adapted(x: Tensor, w: Any) -> tuple[Any, ...]:
+    """The base as this library keeps it, and the adapters."""
+    return x, types.SimpleNamespace(base=packed(w.base), parts=w.parts)
+
+
+def linear_lora(x: Tensor, w: Any) -> Tensor:
+    """With one adapter, as PEFT has it; the adapter is in the dtype of the model."""
+    (part,) = w.parts
+    return linear(x, w.base) + part.scale * F.linear(F.linear(x, part.a.to(x.dtype)), part.b.to(x.dtype))
+
+
 def quantize(t: Tensor) -> NF4:
     """Double quantised."""
     codes, state = quantize_4bit(t, quant_type="nf4", compress_statistics=True)
@@ -73,5 +86,6 @@ PEERS = {
     "nf4_quantize": quantize,
     "nf4_matvec": Peer(linear, lambda x, w: (x, packed(w))),  # decodes first unless it is one token
     "linear_nf4": Peer(linear, lambda x, w: (x, packed(w))),
+    "linear_lora_nf4": Peer(linear_lora, adapted),
     "adamw_8bit": Peer(adamw_8bit, by_leaf),
 }

@@ -20,7 +20,7 @@ from unsloth.kernels.qk_norm_rope import fast_qk_norm_rope
 from unsloth.kernels.rms_layernorm import Fast_RMS_Layernorm
 
 from . import Peer, fresh
-from .bitsandbytes import packed
+from .bitsandbytes import adapted, packed
 
 DISTRIBUTION = "unsloth"
 
@@ -68,9 +68,10 @@ class SwiGLU(torch.autograd.Function):
 
 
 def lora(x: Tensor, w: Any) -> Tensor:
-    """A dense base and one adapter; their dtypes are those of the arguments."""
+    """A base, dense or packed, and one adapter in fp32."""
     (part,) = w.parts
-    return LoRA_W.apply(x[None], w.base, None, part.a, part.b, part.scale)[0]
+    base, state = (w.base, None) if isinstance(w.base, Tensor) else w.base
+    return LoRA_W.apply(x[None], base, state, part.a, part.b, part.scale)[0]
 
 
 def matvec(x: Tensor, codes: Tensor, state: Any) -> Tensor:
@@ -88,6 +89,7 @@ PEERS = {
     "glu": Peer(SwiGLU.apply, halves, lambda gradient: torch.cat([*gradient], -1)),
     "cross_entropy": lambda logits, targets: Fast_CrossEntropyLoss.apply(logits, targets, 0, 0),
     "linear_lora": lora,
+    "linear_lora_nf4": Peer(lora, adapted),
     "nf4_dequantize": Peer(fast_dequantize, lambda w: packed(w)),
     "nf4_matvec": Peer(matvec, lambda x, w: (x, *packed(w))),
 }
