@@ -31,13 +31,14 @@ Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314), rank-stabilised scal
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import tree
+from .. import device, tree
 from ..autodiff import Spare, custom_vjp, once
 from ..cost import Cost
 from ..prepared import prepared
@@ -176,8 +177,14 @@ def weight_gradient(w: Weight, x_NC: Any, spare: Any, dy_NM: Tensor, thin: Thin,
         dw = d_base
     if needs[2] is True:
         # A row of ones that takes no memory: the sum over tokens is a product too, fp32 and in fixed order.
-        dbias = product(dy.new_ones(1).expand(1, dy.shape[0]), dy, gradient=True).view(-1)
+        one = dy.new_ones(1) if device.is_fake(dy) else _one(dy.dtype, dy.device)
+        dbias = product(one.expand(1, dy.shape[0]), dy, gradient=True).view(-1)
     return dw, dbias
+
+
+@functools.cache
+def _one(dtype: torch.dtype, where: torch.device) -> Tensor:
+    return device.lasting(torch.ones(1, dtype=dtype, device=where))
 
 
 def _u(which: Any, x_NC: Tensor, spare: Any) -> Tensor:
