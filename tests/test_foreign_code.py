@@ -1,7 +1,8 @@
 """Every op inside other people's code: torch.compile with one whole graph, autocast, views of larger tensors,
 checkpointing, hooks on what is saved, inference mode.
 
-The results are those of the plain call, bit for bit: whatever surrounds an op, the same kernels run."""
+The results are those of the plain call, bit for bit: whatever surrounds an op, the same kernels run. What they cannot
+do (double backward, forward mode, torch.func) they refuse in one line, and the reference does it."""
 
 import contextlib
 import functools
@@ -11,6 +12,7 @@ import pytest
 import torch
 from oprule import DEVICE, assert_same_up_to_order
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from perf import ops as measured
@@ -180,3 +182,48 @@ def test_some_arguments_want_a_gradient(op):
         (alone,) = torch.autograd.grad(outputs, t, [torch.ones_like(o) for o in outputs])
         assert alone.dtype == full[i].dtype
         assert_same_up_to_order(alone.float(), full[i].float())
+
+
+@each_op
+def test_a_gradient_is_not_differentiated_again(op):
+    """Also where the first cotangent has no history and PyTorch's own guard lets it pass as a constant."""
+    args = arguments(op)
+    trained = CASES[op].wanted(*args)
+    if not trained or backend.by_device(DEVICE) == "reference":
+        return
+    for t in trained:
+        t.requires_grad_()
+    outputs = [o for o in tree.leaves(CASES[op].ours(*args)) if o.requires_grad]
+    grads = torch.autograd.grad(outputs, trained, [torch.ones_like(o) for o in outputs], create_graph=True)
+    plain = CASES[op].wanted(*args)[0].float().sum()
+    with pytest.raises(RuntimeError, match=f"{op}: kernels do not support double backward"):
+        (plain + sum(g.float().square().sum() for g in grads)).backward()
+
+
+def forward_mode(f, x):
+    with forward_ad.dual_level():
+        forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).tangent.sum()
+
+
+TRANSFORMS = {
+    "torch.func.grad": lambda f, x: torch.func.grad(f)(x),
+    "torch.func.jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "torch.vmap": lambda f, x: torch.vmap(f)(torch.stack([x, x])),
+    "forward mode": forward_mode,
+}
+
+
+@each_op
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_functions(op, transform):
+    args, ours = arguments(op), CASES[op].ours
+    i = next(i for i, t in enumerate(args) if isinstance(t, Tensor) and t.is_floating_point())
+
+    def f(x):
+        return sum(t.float().sum() for t in tree.leaves(ours(*args[:i], x, *args[i + 1 :])) if t.is_floating_point())
+
+    with backend.using("reference"):
+        TRANSFORMS[transform](f, args[i])
+    if backend.by_device(DEVICE) == "triton":
+        with pytest.raises(NotImplementedError, match=rf"{op}: kernels do not support .*using\('reference'\)"):
+            TRANSFORMS[transform](f, args[i])

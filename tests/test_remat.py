@@ -365,3 +365,11 @@ def test_offload_is_a_fate_of_its_own():
     report = residual_report(loss({"up": OFFLOAD, INPUT: OFFLOAD}), weights())
     fates = {row.name: row.fate for row in report.rows}
     assert fates["up"] == fates[INPUT] == OFFLOAD and report.bytes == 0
+
+
+def test_the_backward_of_a_layer_is_not_differentiated_again():
+    """Also where the cotangent of the first time is a constant."""
+    (w,), x = weights(layers=1), torch.ones(N, D, device=DEVICE, requires_grad=True)
+    (dx,) = torch.autograd.grad(remat(layer, {})(w, x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="remat: the backward of a layer cannot be differentiated again"):
+        (x.sum() + dx.square().sum()).backward()

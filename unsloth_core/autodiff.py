@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from . import backend, prepared, tracing, tree
 from .device import beyond_arguments, is_fake
@@ -82,7 +82,12 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
         if torch.compiler.is_dynamo_compiling():
             tracing.prepare()
             return tracing.call(identity, args, name, repr(keywords))
-        return run(args, name, keywords)
+        try:
+            return run(args, name, keywords)
+        except RuntimeError as error:  # of PyTorch, which finds no memory, and says so in words of its own
+            if not torch._C._are_functorch_transforms_active():
+                raise
+            raise NotImplementedError(_unsupported(op_name, "transforms of torch.func")) from error
 
     def run(args: tuple[Any, ...], name: str, keywords: dict[str, Any]) -> Any:
         types = tuple(map(type, args))
@@ -103,6 +108,8 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
             if (fates := current_report.get()) is not None:
                 fates.append(Fate(name, "autograd", sum(t.nbytes for t in tree.leaves(out))))
             return out
+        if forward_ad._current_level >= 0 and _has_tangent(leaves):
+            raise NotImplementedError(_unsupported(op_name, "forward-mode differentiation"))
         pair = (fwd, bwd) if reference is None else _derived(reference)
         call = Call(name, pair, spec, keywords, tape)
         if torch.is_grad_enabled() and _wants_gradient(leaves):
@@ -164,6 +171,14 @@ def _wants_gradient(leaves: Sequence[Tensor]) -> bool:
         if leaf.requires_grad:
             return True
     return False
+
+
+def _has_tangent(leaves: Sequence[Tensor]) -> bool:
+    return any(forward_ad.unpack_dual(leaf).tangent is not None for leaf in leaves)
+
+
+def _unsupported(op: str, what: str) -> str:
+    return f"{op}: kernels do not support {what}; plain PyTorch does: unsloth_core.using('reference')"
 
 
 def _kind(p: inspect.Parameter) -> tuple[type, ...]:
@@ -275,6 +290,19 @@ def _any_fake(leaves: Sequence[Tensor]) -> bool:
     return False
 
 
+def differentiable_once(
+    refusal: str, backward: Callable[..., tuple[Tensor | None, ...]], ctx: Any, cotangents: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``backward`` that raise RuntimeError, a ``refusal``, when somebody differentiates them again.
+
+    PyTorch's ``once_differentiable`` refuses where a cotangent has a history. That of a plain sum has none: there the
+    gradient would pass as a constant, and the second derivative be missing without a word."""
+    with torch.no_grad():
+        gradients = backward(ctx, *cotangents)
+    given = [None if g is None else g.detach().requires_grad_() for g in gradients]
+    return torch._C._functions.DelayedError(refusal.encode(), len(given))(*given)  # type: ignore[attr-defined]
+
+
 class Op(torch.autograd.Function):
     """A call as a node of PyTorch's graph."""
 
@@ -296,7 +324,8 @@ class Op(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         """Gradients of the leaves."""
         if torch.is_grad_enabled():  # only with ``create_graph=True``; nodes that raise are made for nobody else
-            return _once(ctx, *cotangents)
+            refusal = _unsupported(ctx.about[0].op, "double backward")
+            return differentiable_once(refusal, Op.backward, ctx, cotangents)
         call, spec, several = ctx.about
         present = [ct for ct in cotangents if ct is not None]
         if not present:
@@ -308,7 +337,6 @@ class Op(torch.autograd.Function):
         return call.backward(residuals, several, cotangents, present, ctx.needs_input_grad[1:])
 
 
-_once = once_differentiable(Op.backward)  # which runs it without gradients
 _apply_op = super(torch.autograd.Function, Op).apply  # type: ignore[misc]
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import backend, offload, tree
@@ -30,6 +29,7 @@ from .autodiff import (
     current_report,
     current_tape,
     detach,
+    differentiable_once,
     gradients_of,
     remembering,
     tell,
@@ -348,8 +348,10 @@ class _Layer(torch.autograd.Function):
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            refusal = "remat: the backward of a layer cannot be differentiated again; without remat plain PyTorch's can"
+            return differentiable_once(refusal, _Layer.backward, ctx, cotangents)
         tell("layer", "backward")
         plan, here = ctx.plan, iter(ctx.saved_tensors)
         back = iter(offload.take(ctx.parcel, ctx.device) if ctx.away else ())
