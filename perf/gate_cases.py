@@ -275,7 +275,7 @@ def _experts(call: Calls, r: Random, target: Target) -> None:
             gates, _, *plan, _, _ = uc.route(r.normal(tokens, E), top_k=T)
             forms = {"gather": (r.normal(tokens, C, dtype=dtype),)}
             forms["combine"] = (r.normal(tokens * T, C, dtype=dtype), gates, r.normal(tokens, M, dtype=dtype))
-            for name, w, trained in _expert_weights(r, E, M, C, dtype, every_rank=tokens == 4096):
+            for name, w, trained in _expert_weights(r, E, M, C, dtype, every_rank=tokens > 8):
                 for form, (x, *more) in forms.items():
                     wanted = lambda x, w, plan, *more, trained=trained: (x, *trained(w), *more)  # noqa: E731
                     args = (x, w, tuple(plan), *more)
