@@ -323,6 +323,7 @@ def _attention(call: Calls, r: Random, target: Target) -> None:
                 call(f"attention {K} sinks", uc.attention, args, lambda *args: (*args[:3], args[-1]))
             q, k, v = (r.normal(*shape, K, dtype=dtype) for shape in ((4, 8), (4 * 8192, 2), (4 * 8192, 2)))
             call(f"attention {K} decode", uc.attention, (q, k, v, one, cache))
+            call(f"attention {K} decode, one part", uc.attention, (q, k, v, one, Segments.uniform(4, 100, CPU)))
             pages = torch.zeros(4, 512, dtype=torch.int32)
             paged = functools.partial(attention_decode.attention_decode, page=16)
             call(f"attention_decode {K} paged", paged, (q, k, v, one, cache, pages, r.normal(8)))
