@@ -251,10 +251,10 @@ def test_memory_that_is_not_filled(direct, uses, monkeypatch):
 
     def counting(*form):
         made.append(form)
-        return kept[DEVICE.type](*form)
+        return known(*form)
 
-    kept = prepared._DIRECT
-    assert kept[DEVICE.type] is not None
+    known = prepared._DIRECT[DEVICE.type]
+    assert known is not None
     monkeypatch.setattr(prepared, "_DIRECT", {DEVICE.type: counting} if direct else {})
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     for repeat in range(4):

@@ -138,9 +138,8 @@ _NEW = {  # what makes new tensors, and what makes them again
     **dict.fromkeys((_aten.ones.default, _aten.ones_like.default, _aten.new_ones.default), torch.ones),
 }
 # What code of PyTorch's compiler allocates with, on the current device: half the time, and nothing is ever filled in.
-_GUARDS = getattr(torch._C._dynamo, "guards", None)
+_GUARDS: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 _DIRECT = {kind: getattr(_GUARDS, f"_empty_strided_{kind}", None) for kind in ("cuda", "cpu")}
-_deterministic = torch.are_deterministic_algorithms_enabled
 _BY_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -247,7 +246,7 @@ class _Writer:
     def _empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> str:
         """New memory. (``torch.empty`` takes longer.)"""
         direct, of = _DIRECT.get(self.where.type), self._value(dtype, "c")
-        if direct is not None and not (deterministic.fill_uninitialized_memory and _deterministic()):
+        if direct is not None and not _filled():
             return f"{self._value(direct, 'empty')}({shape}, {strides}, {of})"
         made = self._value(torch.empty_strided, "empty_strided")
         return f"{made}({shape}, {strides}, dtype={of}, device={self._value(self.where, 'c')})"
@@ -374,6 +373,11 @@ class _Writer:
         name = f"{name}{len(self.values)}"
         self.values[name] = value
         return name
+
+
+def _filled() -> bool:
+    """Whether PyTorch is asked to fill what it allocates."""
+    return getattr(deterministic, "fill_uninitialized_memory", True) and torch.are_deterministic_algorithms_enabled()
 
 
 def _lasts(t: Tensor) -> bool:

@@ -260,9 +260,10 @@ def _tile(H: int, G: int, K: int, J: int, pairs: int) -> dict[str, int]:
     return {"BLOCK_T": tokens, "BLOCK_H": heads, "BLOCK_J": block_j, "BLOCK_REST": rest}
 
 
-def _side(x: Tensor, w: Tensor, rstd: Tensor, dy: Tensor, needs_x: bool, needs_w: bool, programs: int) -> Any:
+def _side(residuals: Any, rstd: Tensor, dy: Tensor, needs_x: bool, needs_w: bool, programs: int) -> Any:
     """What the kernel gets of q or of k: x, w, rstd, dy, dx and the partial rows of dw; strides of x and dy. The only
     row of a single program is dw itself."""
+    x, w = residuals
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
     partial = None
     if needs_w:
@@ -361,8 +362,8 @@ def qk_norm_rope_bwd(
         programs = min(cdiv(programs, 4), _PROGRAMS_PER_SM * sms(cos_NJ.device))
     of_q = 0 if of_heads[0][0] is ABSENT else N * of_heads[0][0].shape[1]
     q, k = (
-        _side(*of, row, d, needs[i], needs[i + 2], programs) if want else _NO_SIDE
-        for i, (of, row, d, want) in enumerate(zip(of_heads, (rstd[:of_q], rstd[of_q:]), dy, wanted))
+        _side(of, part, d, needs[i], needs[i + 2], programs) if want else _NO_SIDE
+        for i, (of, part, d, want) in enumerate(zip(of_heads, (rstd[:of_q], rstd[of_q:]), dy, wanted))
     )
     launch(
         _backward, (programs,), *q[0], *k[0], cos_NJ, sin_NJ,
