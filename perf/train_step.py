@@ -334,7 +334,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", default="llama-3.1-8b", help="a model of random_model.py, -<n>layers cuts it")
     parser.add_argument("--quant", choices=("none", "nf4"), default="none", help="of the frozen linears")
     parser.add_argument("--runs", default="2:2048", help="bs:seq[:steps], separated by commas")
-    parser.add_argument("--memory", type=float, help="cap on the peak in GiB, for which the policy is planned")
+    parser.add_argument(
+        "--memory",
+        type=float,
+        help="cap on the peak in GiB, for which the policy is planned; beside --policy it is what the run is held to",
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument(
         "--policy",
@@ -401,6 +405,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"loss {found.losses[0]:.4f} -> {found.losses[-1]:.4f}; all of it took {took:.1f} s",
             flush=True,
         )
+        if o.memory is not None and row["peak_alloc_gib"] > o.memory:
+            print(f"# {run.batch}:{run.seq}: peak {row['peak_alloc_gib']} GiB, over --memory {o.memory}", flush=True)
+            failed = True
         if not o.smoke:
             o.out.parent.mkdir(parents=True, exist_ok=True)
             with o.out.open("a", encoding="utf-8") as file:

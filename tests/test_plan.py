@@ -126,7 +126,7 @@ def test_a_smaller_budget_gives_a_smaller_and_slower_step():
 def test_a_budget_is_used_up_by_letting_the_last_layers_keep_more():
     """To the byte what a run of all the layers finds."""
     raw, budget = wide(12), 900 * 2**20
-    every = plan(raw, 4096, budget, quantize="nf4")
+    every = plan(raw, 4096, budget, quantize="nf4", capture=True)  # or the host is what all of them wait for
     found = every.best
     layers, richer = found.schedule.last
     assert 3 <= layers <= 8 and richer != found.schedule.policy and f"of the last {layers} layers" in str(every)
@@ -205,7 +205,7 @@ def test_for_how_long_decoded_weights_stay_is_counted_and_chosen(monkeypatch):
             r = runs(few, 64, quantize=quantize)
             once, twice = (r.whole(Schedule({}, decode_once=o)).peaks for o in (True, False))
             place = "the backward pass of the last layer but one"
-            assert once[place] - twice[place] == pytest.approx(expected, abs=1e6)
+            assert once[place] - twice[place] == pytest.approx(expected, abs=2e6)  # 64 tokens and adapters
     monkeypatch.setattr(sys.modules["unsloth_core.plan"], "_policies", lambda *chains: [{INPUT: OFFLOAD}])
     raw, places = {**wide(3), "vocab_size": 64}, {"embed": "device", "head": "device"}
     least = predict(raw, 64, Schedule({INPUT: OFFLOAD}, decode_once=False), quantize="nf4", **places).peak
@@ -233,6 +233,27 @@ def test_every_measured_peak_is_within_5_percent_of_the_prediction(row):
         capture=row["captured"],
     )  # fmt: skip
     assert found.peak / 2**30 == pytest.approx(row["peak_alloc_gib"], rel=0.05)
+
+
+RECENT = [row for row in LAST.values() if row["date"] > "2026-11-22T12"]
+
+
+@pytest.mark.parametrize("row", RECENT, ids=lambda row: f"{row['shape']}-{row['quant']}-{row['bs']}x{row['seq']}")
+def test_measured_times_are_near_the_prediction(row):
+    """Of the rows since the kernels are what they are; small models, whose GPU waits for launches, included."""
+    raw, quantize = random_model.raw_config(row["shape"]), None if row["quant"] == "none" else row["quant"]
+    found = predict(
+        raw, row["bs"] * row["seq"], schedule_of(row["policy"]), embed=row["embed"], head=row["head"],
+        sequence=row["seq"], rank=row["rank"], quantize=quantize, optimizer_states=row["optimizer_states"],
+        capture=row["captured"],
+    )  # fmt: skip
+    assert 1e3 * found.seconds == pytest.approx(row["ms"], rel=0.25)
+
+
+def test_few_logits_are_not_free():
+    usual, few, same = (predict(LLAMA_8B, 8192, Schedule({}, chunk_logits=n)) for n in (None, 2**26, 2**28))
+    assert few.peak <= usual.peak and usual.seconds == same.seconds < few.seconds < 1.01 * usual.seconds
+    assert plan({**LLAMA_8B, "num_hidden_layers": 4}, 8192).schedule.chunk_logits is None
 
 
 def test_a_captured_step_does_not_wait_for_the_host():

@@ -142,15 +142,18 @@ def test_a_row_for_every_run_and_policy(options, capsys, tmp_path):
 def test_a_cap_is_planned_for(capsys):
     """With a GPU the peak is the predicted one; how near is measured at real shapes."""
     common = ["--shape", "tiny-4layers", "--runs", "1:64:2", "--steps", "3", "--smoke"]
-    for options in (["--memory", "1"], ["--policy", "plan", "--embed", "host"], ["--head", "nf4"]):
+    held = ["--memory", "2", "--policy", "recompute"]
+    for options in (["--memory", "1"], ["--policy", "plan", "--embed", "host"], ["--head", "nf4"], held):
         assert train_step.main([*common, *options]) == 0
-    capped, without, nf4_head = (json.loads(r) for r in capsys.readouterr().out.splitlines() if r.startswith("{"))
+    capped, without, nf4_head, own = (json.loads(r) for r in capsys.readouterr().out.splitlines() if r.startswith("{"))
     assert capped["memory_cap_gib"] == 1 and 0 < capped["predicted_peak_gib"] < 1 and capped["policy"] != "plan"
     assert (
         without["memory_cap_gib"] is None and without["embed"] == "host" and without["loss_last"] == capped["loss_last"]
     )
     assert nf4_head["head"] == "nf4" and nf4_head["policy"] == "default"
     assert nf4_head["loss_first"] == pytest.approx(capped["loss_first"], rel=1e-2)
+    assert (own["memory_cap_gib"], own["policy"], own["loss_last"]) == (2, "recompute", capped["loss_last"])
+    assert train_step.main([*common, "--memory", "0.0001", "--policy", "recompute"]) == int(CUDA)  # over its cap
 
 
 def test_bad_input_is_one_line():

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from . import backend, weights
 from .autodiff import INPUT, OFFLOAD, SAVE, listening
@@ -135,7 +136,7 @@ def plan(
     found: list[Candidate] = []
     with backend.using("triton"):  # whatever the user tries here: it is the GPU's step that is planned
         for schedules in _stages(run):
-            for schedule in schedules:
+            for schedule in tqdm(schedules, desc="planning", unit="schedule", leave=False, delay=2, disable=None):
                 found += _candidates(run, schedule, embed, head)
             if any(limit is None or c.peak <= limit for c in found):
                 break

@@ -23,7 +23,9 @@ class Rates:
     link: float  # bytes over PCIe, pinned
     decode: float  # bytes of NF4 read and 16-bit written
     attention: tuple[tuple[int, float, float], ...]
+    call: float  # seconds that its kernels take to begin and end, above what the bytes and FLOPs of a call of an op do
     host: float  # seconds that a call of an op takes in Python and the driver
+    few_logits: float  # share of the loss's time that smaller blocks of logits take more
 
     def attend(self, length: int, backward: bool) -> float:
         """FLOP/s of attention within segments of ``length`` rows."""
@@ -34,11 +36,13 @@ class Rates:
 H100 = Rates(
     name="H100 80GB HBM3",
     product=690e12,
-    memory=2.4e12,
+    memory=2.9e12,
     link=50e9,
     decode=2.6e12,
-    attention=((0, 300e12, 200e12), (2048, 480e12, 330e12), (8192, 620e12, 450e12), (32768, 640e12, 470e12)),
-    host=150e-6,
+    attention=((0, 300e12, 200e12), (2048, 490e12, 340e12), (8192, 690e12, 480e12), (32768, 680e12, 490e12)),
+    call=10e-6,
+    host=300e-6,
+    few_logits=0.055,
 )
 
 

@@ -281,16 +281,18 @@ class Rehearsal:
         return nf4.quantize(w) if place == "nf4" else w
 
     def carrying(self, embed: str, head: str, logits: int | None) -> float:
-        """Seconds that reading embedding and head over the link takes."""
-        config, carried = self.shape.config, 0
-        row = config.hidden_size * self.dtype.itemsize
+        """Seconds that reading embedding and head over the link takes, and that fewer logits at a time take more."""
+        config, carried, loss = self.shape.config, 0, op_file("linear_cross_entropy")
+        D, V, M = config.hidden_size, config.vocab_size, self.batch.targets_M.shape[0]
+        chunk, usual = (loss.chunk_rows(M, V, False, most) for most in (logits, None))
         if embed == "host":
-            carried += self.tokens * row
+            carried += self.tokens * D * self.dtype.itemsize
         if head == "host":
-            M = self.batch.targets_M.shape[0]
-            chunk = op_file("linear_cross_entropy").chunk_rows(M, config.vocab_size, False, logits)
-            carried += 2 * math.ceil(M / chunk) * config.vocab_size * row
-        return self.accumulate * carried / self.rates.link
+            carried += 2 * math.ceil(M / chunk) * V * D * self.dtype.itemsize
+        cost = loss.cost(self.tokens, D, V, M, self.dtype.itemsize, dx=True, dw=False)
+        whole = cost.seconds(bytes_per_s=self.rates.memory, flops_per_s=self.rates.product)
+        slower = self.rates.few_logits * whole if chunk < usual else 0.0
+        return self.accumulate * (carried / self.rates.link + slower)
 
     def loss(self, logits: int | None, head: str) -> int:
         """Bytes that the forward pass of the loss takes at most, beside its arguments."""
@@ -309,17 +311,18 @@ class Rehearsal:
     def _seconds(self, at: dict[Any, Place], layers: int) -> float:
         """Of a step; those of the layers that did not run are like the second, but for how far attention sees."""
         config, spec = self.shape.config, self.shape.family.spec
-        busy = sum(at[name].seconds for name in ("start", "loss", "update"))
+        working = {name: place.seconds + place.calls * self.rates.call for name, place in at.items()}
+        busy = sum(working[name] for name in ("start", "loss", "update"))
         share = layers / self.shape.layers  # windows come in patterns, which a few layers may not show
         for i in range(self.shape.layers):
             window = spec(config, i).window
             like = i if layers == self.shape.layers else 1
-            forward, backward = at["forward", like], at["backward", like]
-            for place in (forward, backward):
-                attention = place.attends * self.attention(window, False)
-                attention += place.attends_back * self.attention(window, True)
+            forward = at["forward", like]
+            for name in (("forward", like), ("backward", like)):
+                attention = at[name].attends * self.attention(window, False)
+                attention += at[name].attends_back * self.attention(window, True)
                 copying = forward.away / self.rates.memory  # beside the computation, but through the same memory
-                busy += share * max(place.seconds + attention + copying, forward.away / self.rates.link)
+                busy += share * max(working[name] + attention + copying, forward.away / self.rates.link)
         calls = 0 if self.capture else sum(place.calls for place in at.values())
         return max(busy, calls * self.rates.host) * self.accumulate / min(self.accumulate, 2)
 
