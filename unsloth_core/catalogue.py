@@ -17,13 +17,24 @@ import torch
 
 from . import ops
 from .cost import Cost
+from .ops import nf4
 
 RECORDS = Path(__file__).resolve().parents[1] / "perf" / "records" / "ops.jsonl"
 SETTING = "8,192 tokens of an 8B Llama in bf16"
+# Kernels without a backward of their own are functions and no pairs: where they are.
+FUNCTIONS = {
+    "adamw": "optim.adamw",
+    "global_norm": "optim.global_norm",
+    "nf4_dequantize": "ops.nf4.dequantize",
+    "nf4_matvec": "ops.nf4_matvec.nf4_matvec",
+    "nf4_quantize": "ops.nf4.quantize",
+}
+NAMES = sorted([*ops.__all__, *FUNCTIONS])
 # What the parameters of every `cost` are there; the letters are those of typing.py.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("N", "M", "rows", "keys"), 8192),
-    **dict.fromkeys("ST", 1),  # of attention_decode: one sequence with one query
+    **dict.fromkeys("STn", 1),  # of attention_decode and nf4_matvec: one sequence with one query
+    "parameters": 41_943_040,  # adapters of rank 16 for all seven products
     **dict.fromkeys("DC", 4096),
     "F": 14336,
     "V": 128256,
@@ -43,9 +54,10 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One op. ``work`` is its Cost by direction at ``SETTING``; ``cost`` says what counts."""
+    """One op, to be found at ``place``. ``work`` is its Cost by direction at ``SETTING``; ``cost`` says what counts."""
 
     name: str
+    place: str
     signature: str
     formula: str
     residuals: str
@@ -55,20 +67,22 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """Every op of ``unsloth_core.ops``, by name."""
-    return [entry(name) for name in sorted(ops.__all__)]
+    """Every op of ``unsloth_core.ops``, and what has no gradient, by name."""
+    return [entry(name) for name in NAMES]
 
 
 def entry(name: str) -> Entry:
     """One op. Raises ValueError for a name that is none, LookupError for an op file that does not say enough."""
-    if name not in ops.__all__:
-        raise ValueError(f"ops: no op {name!r}, expected one of {', '.join(sorted(ops.__all__))}")
-    op = getattr(ops, name)
+    if name not in NAMES:
+        raise ValueError(f"ops: no op {name!r}, expected one of {', '.join(NAMES)}")
+    place, _, function = FUNCTIONS.get(name, f"ops.{name}").rpartition(".")
+    op = getattr(importlib.import_module(f"{__package__}.{place}"), function)
     file = importlib.import_module(op.__module__)  # named like its op, which hides it in the package
     head, doc = inspect.cleandoc(file.__doc__ or ""), inspect.getdoc(op) or ""
     return Entry(
         name=name,
-        signature=f"{name}{_short(inspect.signature(op))}",
+        place=place,
+        signature=f"{function}{_short(inspect.signature(op))}",
         formula=_formula(name, head),
         residuals=_residuals(name, head),
         work=_work(name, file.cost),
@@ -87,9 +101,9 @@ def _formula(name: str, head: str) -> str:
     """The first line of the head that is an equation, without what stands in columns to its right."""
     for line in head.splitlines():
         stated = line.removeprefix("Formula: ")
-        if " = " in stated and (stated != line or line.startswith("    ")):
-            equation = re.sub(r"\s+=", " =", stated.strip())
-            return re.split(r"\s{3,}|, where |\. ", equation)[0].rstrip(";.")
+        if re.search(" [=←] ", stated) and (stated != line or line.startswith("    ")):
+            equation = re.sub(r"\s+([=←])", r" \1", stated.strip())
+            return re.split(r"\s{3,}|, where\b|\. ", equation)[0].rstrip(";.")
     raise LookupError(f"catalogue: the head of ops/{name}.py has no line with a formula")
 
 
@@ -107,7 +121,8 @@ def _work(name: str, cost: Callable[..., Cost]) -> dict[str, Cost]:
     wanted = [p for p in parameters.values() if p.default is p.empty]
     if missing := [p.name for p in wanted if p.name not in SIZES]:
         raise LookupError(f"catalogue: cost of {name} takes {missing[0]!r}, which SIZES does not have")
-    sizes = {**SIZES, "w": SIZES["w"].new_empty(WEIGHTS.get(name, SIZES["w"].shape))}
+    w = SIZES["w"].new_empty(WEIGHTS.get(name, SIZES["w"].shape))
+    sizes = {**SIZES, "w": nf4.quantize(w) if name in FUNCTIONS else w}
     positional = [sizes[p.name] for p in wanted if p.kind is not p.KEYWORD_ONLY]
     named = {p.name: sizes[p.name] for p in wanted if p.kind is p.KEYWORD_ONLY}
     work = {"fwd": cost(*positional, **named)}
@@ -141,7 +156,7 @@ def measured(name: str, rows: Sequence[Row]) -> list[Row]:
     """Rows of ours for an op, also those of its variants: ``linear_nf4`` is ``linear``'s."""
 
     def op_of(case: str) -> str:
-        return max((op for op in ops.__all__ if case == op or case.startswith(f"{op}_")), key=len, default=case)
+        return max((op for op in NAMES if case == op or case.startswith(f"{op}_")), key=len, default=case)
 
     return [row for row in rows if row["impl"] == "ours" and op_of(row["op"]) == name]
 
@@ -168,7 +183,7 @@ def contract(name: str, rows: Sequence[Row] | None) -> str:
     """Everything about one op."""
     item = entry(name)
     work = [f"    {_direction(d, _spell(c))}" for d, c in item.work.items()]
-    parts = [f"uc.ops.{item.signature}", item.contract, "\n".join([f"Least work for {SETTING}:", *work])]
+    parts = [f"uc.{item.place}.{item.signature}", item.contract, "\n".join([f"Least work for {SETTING}:", *work])]
     parts.append(item.cost)
     if rows is not None:
         found = measured(name, rows)

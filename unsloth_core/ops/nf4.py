@@ -4,7 +4,9 @@
     absmax = fp32(code_256[q] * absmax_P[block // 256]) + offset       when nested (double quantisation)
 
 Data type and double quantisation: QLoRA (arXiv 2305.14314); the 8-bit dynamic map: Dettmers (arXiv 1511.04561); the
-packing is bitsandbytes'. Not differentiable: an NF4 weight is frozen; ``linear`` multiplies by it, and back through it.
+packing is bitsandbytes'.
+
+Not differentiable: an NF4 weight is frozen; ``linear`` multiplies by it, and back through it.
 
 Dequantising reads 0.516 B (nested) or 0.563 B per element and writes one element; everything is fp32 until one rounding
 to ``w.dtype``. FP fusion is off: a fused multiply-add in the nested absmax, rounded once where bitsandbytes rounds
@@ -278,7 +280,8 @@ def _quantize(t_MC: Tensor, *, double_quant: bool, block: int) -> NF4:
 
 
 def cost(w: NF4) -> Cost:
-    """Dequantising ``w``: codes and absmax read once, the dense matrix written once; one FLOP per element."""
+    """Dequantising ``w``: codes and absmax read once, the dense matrix written once; one FLOP per element. The other
+    way round the same is written and read."""
     elements = math.prod(w.shape)
     blocks = -(-elements // w.block)
     statistics = 4 * blocks if w.nested is ABSENT else blocks + 4 * -(-blocks // NESTED_BLOCK)

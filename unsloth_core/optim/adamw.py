@@ -1,7 +1,7 @@
 """AdamW (Loshchilov & Hutter, 2019) as a pure function over trees, one launch per step.
 
+    p ← (1 - lr·wd) p - lr/(1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + eps), where
     m ← m + (1 - β₁)(g - m)             v ← β₂ v + (1 - β₂) g²
-    p ← (1 - lr·wd) p - lr/(1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + eps)
 
 Equal to ``torch.optim.AdamW`` to an ulp of each operation, with m and v in fp32, as all arithmetic on leaves is.
 ``state_dtype`` stores them in less, at these bytes per bf16 parameter with a bf16 gradient, read and written:
@@ -15,9 +15,10 @@ An element of an 8-bit leaf whose new m or v would not be finite (a NaN or infin
 keeps its p, and its m and v but for their rounding, for it would take its whole block with it; in fp32 and bf16 a NaN
 stays, as in PyTorch.
 A bf16 or fp16 parameter is read, stepped in fp32 and rounded to nearest once, so an update smaller than half
-its ulp is lost: keep trained leaves in fp32 (adapters are) where that matters. What changes from step to step
-(step, rate, bias corrections, clip factor) are four scalars on the device, computed in float64: nothing is
-read back, and a captured CUDA graph stays right.
+its ulp is lost: keep trained leaves in fp32 (adapters are) where that matters.
+
+Not differentiable: it is a step. What changes from step to step (step, rate, bias corrections, clip factor) are
+four scalars on the device, computed in float64: nothing is read back, and a captured CUDA graph stays right.
 """
 
 import itertools
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from .. import tree
 from ..backend import resolve
+from ..cost import Cost
 from ..tree import ABSENT
 from . import blockwise, multi_tensor
 from .blockwise import Blockwise
@@ -154,6 +156,13 @@ def adamw(
         return tree.unflatten(ps, spec), AdamWState(step=step, m=m_tree, v=v_tree)
 
     return Optimizer(init, update)
+
+
+def cost(parameters: int, *, itemsize: int = 4, state_dtype: torch.dtype | str = torch.float32) -> Cost:
+    """A step of so many parameters, they and their gradients of ``itemsize`` bytes: p, g, m and v read, p, m and v
+    written; adapters are fp32."""
+    states = {torch.float32: 8.0, torch.bfloat16: 6.0, "8bit": 2 * (1 + 4 / blockwise.BLOCK)}[state_dtype]
+    return Cost(bytes=round(parameters * (3 * itemsize + 2 * states)), flops=15 * parameters)
 
 
 def _taker(chosen: list[int], of: int) -> Callable[[list[Any]], list[Any]]:

@@ -1,4 +1,9 @@
-"""Clipping by the global norm, without the host ever seeing the norm."""
+"""Clipping by the global norm, without the host ever seeing the norm.
+
+    norm = (Σ g²)^½ over all elements of all leaves         factor = min(1, max_norm / (norm + 1e-6))
+
+Not differentiable: it is of gradients. One launch over all leaves, and a second one that adds the sums of tiles in
+order (multi_tensor.py). Limits: leaves fp32, bf16 or fp16, in any mixture; sums are fp32."""
 
 from typing import Any
 
@@ -7,6 +12,7 @@ from torch import Tensor
 
 from .. import tree
 from ..backend import resolve
+from ..cost import Cost
 from ..device import is_fake
 from ..tracing import whole
 from . import multi_tensor
@@ -43,3 +49,8 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     if not max_norm > 0:
         raise ValueError(f"clip_factor: max_norm = {max_norm}, expected > 0")
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def cost(parameters: int, *, itemsize: int = 4) -> Cost:
+    """The norm of so many gradients of ``itemsize`` bytes: each read once, squared and added."""
+    return Cost(bytes=parameters * itemsize, flops=2 * parameters)
