@@ -99,9 +99,11 @@ def _case(recorder: Recorder, case: Case, shape: Shape, dtype: torch.dtype, **op
 
 
 def _cast(arg: Any, dtype: torch.dtype) -> Any:
-    """bf16 leaves in another dtype, and a quantised weight that decodes to it."""
+    """bf16 leaves in another dtype, and quantised weights that decode to it."""
     if isinstance(arg, NF4):
         return dataclasses.replace(arg, dtype=dtype)
+    if isinstance(arg, Adapted):  # its adapters are fp32
+        return dataclasses.replace(arg, base=_cast(arg.base, dtype))
     return tree.map(lambda t: t.to(dtype) if t.dtype == BF16 else t, arg)
 
 
