@@ -113,7 +113,7 @@ def custom_vjp(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
         pair = (fwd, bwd) if reference is None else _derived(reference)
         call = Call(name, pair, spec, keywords, tape)
         if torch.is_grad_enabled() and _wants_gradient(leaves):
-            return apply(call, leaves)
+            return apply(call, *leaves)
         return call.forward(leaves, tape.needs(name, leaves) if tape else (False,) * len(leaves))[0]
 
     def fit(args: tuple[Any, ...], types: tuple[type, ...]) -> tuple[Sequence[Tensor], tree.Spec]:
@@ -337,14 +337,19 @@ class Op(torch.autograd.Function):
         return call.backward(residuals, several, cotangents, present, ctx.needs_input_grad[1:])
 
 
-_apply_op = super(torch.autograd.Function, Op).apply  # type: ignore[misc]
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply``, but for what PyTorch does there in Python for the sake of functorch."""
+    plain: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def apply(*args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*args)  # which refuses, in its own words
+        return plain(*args)
+
+    return apply
 
 
-def apply(call: Call, leaves: Sequence[Tensor]) -> Any:
-    """``Op.apply``, but for what PyTorch does there in Python for the sake of functorch."""
-    if torch._C._are_functorch_transforms_active():
-        return Op.apply(call, *leaves)  # which refuses, in its own words
-    return _apply_op(call, *leaves)
+apply = applied(Op)
 
 
 @tree.pytree

@@ -24,6 +24,7 @@ from .autodiff import (
     Memo,
     Policy,
     Spare,
+    applied,
     apply,
     current_memo,
     current_report,
@@ -70,7 +71,7 @@ def remat(
         if not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
             return fn(*args)
         plan = _Plan(fn, spec, policy, host or offload.Host(), decode_once, backend.override())
-        out = _Layer.apply(plan, *leaves)
+        out = _apply_layer(plan, *leaves)
         return tree.unflatten(list(out) if isinstance(out, tuple) else [out], plan.out_spec)
 
     return layer
@@ -176,7 +177,8 @@ class _Record:
         self.noted: list[_Noted] = []
         self._made: dict[int, StorageWeakRef] = {}
         self._given = {id(leaf): leaf.untyped_storage()._cdata for leaf in leaves}
-        self._frozen = {self._given[id(leaf)] for leaf, need in zip(leaves, needs, strict=True) if need is not True}
+        self._needed = {id(leaf): need is True for leaf, need in zip(leaves, needs, strict=True)}
+        self._frozen = {self._given[leaf] for leaf, need in self._needed.items() if not need}
 
     def runs(self, name: str) -> bool:
         return False
@@ -188,7 +190,11 @@ class _Record:
                 raise ValueError(
                     f"remat: op {name!r} got a tensor that wants a gradient through a closure; pass it as an argument"
                 )
-        return tuple([leaf.is_floating_point() and self._storage(leaf) not in self._frozen for leaf in leaves])
+        needed = self._needed
+        return tuple([needed[id(leaf)] if id(leaf) in needed else self._may_need(leaf) for leaf in leaves])
+
+    def _may_need(self, t: Tensor) -> bool:
+        return t.is_floating_point() and self._storage(t) not in self._frozen
 
     def __call__(self, name: str, leaves: Sequence[Tensor], run: Callable[[], _Result]) -> _Result:
         out, kept, spec = result = run()
@@ -219,16 +225,15 @@ class _Record:
         return result
 
     def _storages(self, tensors: Sequence[Tensor]) -> set[int]:
-        return {self._storage(t) for t in tensors}
+        given = self._given
+        return {given[id(t)] if id(t) in given else self._storage(t) for t in tensors}
 
     def _storage(self, t: Tensor) -> int:
-        """Its identity. A weak reference to what was made is held, so that none is given out twice while we record."""
-        key = self._given.get(id(t))
-        if key is None:
-            storage = t.untyped_storage()
-            key = storage._cdata
-            if key not in self._made:
-                self._made[key] = StorageWeakRef(storage)
+        """Its identity. A weak reference is held, so that none is given out twice while we record."""
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key not in self._made:
+            self._made[key] = StorageWeakRef(storage)
         return key
 
     def finish(self, final: Sequence[Tensor]) -> list[_Noted]:
@@ -353,9 +358,10 @@ class _Layer(torch.autograd.Function):
             refusal = "remat: the backward of a layer cannot be differentiated again; without remat plain PyTorch's can"
             return differentiable_once(refusal, _Layer.backward, ctx, cotangents)
         tell("layer", "backward")
-        plan, here = ctx.plan, iter(ctx.saved_tensors)
-        back = iter(offload.take(ctx.parcel, ctx.device) if ctx.away else ())
-        kept = [next(back if i in ctx.away else here) for i in range(len(ctx.saved_tensors) + len(ctx.away))]
+        plan, kept = ctx.plan, list(ctx.saved_tensors)
+        if ctx.away:
+            back, here = iter(offload.take(ctx.parcel, ctx.device)), iter(kept)
+            kept = [next(back if i in ctx.away else here) for i in range(len(kept) + len(ctx.away))]
         needs = ctx.needs_input_grad[1:]
         inputs = [x.detach().requires_grad_() if need else x for x, need in zip(kept, needs, strict=False)]
         given = tuple(ABSENT if ct is None else ct for ct in cotangents)
@@ -368,6 +374,9 @@ class _Layer(torch.autograd.Function):
         gradients = [next(found) if need else ABSENT for need in needs]
         tell("layer", "end")
         return (None, *[None if g is ABSENT else g for g in gradients])
+
+
+_apply_layer = applied(_Layer)
 
 
 # ------------------------------------------------------------------------------------------------------------- tiles
@@ -395,7 +404,7 @@ def tiled(
         tape, tiles.backend = current_tape.get(), backend.override()
         op_call = Call(name, (tiles.tiled_fwd, tiles.tiled_bwd), spec, {}, tape)
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-            out = apply(op_call, leaves)
+            out = apply(op_call, *leaves)
         else:
             out = op_call.forward(leaves, tape.needs(name, leaves) if tape else (False,) * len(leaves))[0]
         return tree.unflatten(out, tiles.out_spec)

@@ -128,7 +128,7 @@ class Declaration:
         """Whether a layer multiplies by it, so that it may be quantised and adapted."""
         return len(self.path) > 1 and bool(self.rest) and not self.plain
 
-    @property
+    @functools.cached_property  # every training step asks
     def modules(self) -> dict[str, int]:
         """What an adapter may sit on: module path (of experts one for all, with {e}) and rows."""
         names = self.per_expert or self.names
