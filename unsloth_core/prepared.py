@@ -92,7 +92,7 @@ def _leafwise() -> Callable[..., Any]:
             addresses.append(address)
             kind += (t.shape, t.stride(), t.dtype, t.device, address & 15)
         if len({*addresses}) < len(addresses):
-            kind += [addresses.index(address) for address in addresses]
+            kind += map(addresses.index, addresses)
         key = tuple(kind)
         found: Any = kinds.get(key)
         if found.__class__ is _Prepared and device.straight(found.index):

@@ -20,9 +20,9 @@ segments are never visible, but must be finite (0 · NaN is NaN).
 
 Few queries per segment (decoding) go to ``attention_decode``, which splits the keys over programs.
 
-Residuals: q, k, v, sinks and both segments (arguments), o (an output), lse (an output if asked for, else
-4·N·H new bytes). Dtype: fp16, bf16 or fp32 in and out; products, softmax and sums in fp32, P and dS rounded
-to the input's dtype for their products; lse fp32. fp32 inputs are multiplied exactly (no tf32),
+Residuals: q, k, v, sinks and both segments (arguments; one if they are the same), o (an output), lse (an output
+if asked for, else 4·N·H new bytes). Dtype: fp16, bf16 or fp32 in and out; products, softmax and sums in fp32, P and dS
+rounded to the input's dtype for their products; lse fp32. fp32 inputs are multiplied exactly (no tf32),
 and their dk and dv summed with compensation. Any strides,
 no copies: blocks of aligned 16-bit heads go through tensor descriptors (Hopper's copy engine), all others
 through pointers. d_sinks is summed from one part per 64 rows, in their order. Bytes (b per element): forward
@@ -586,7 +586,8 @@ def attention_fwd(
             tma, **tiles.options(),
         )  # fmt: skip
     out = (o, lse) if return_lse else o
-    return out, (q_NHK, k_MGK, v_MGK, o, ABSENT if lse is None else lse, q_segments, kv_segments, sinks_H)
+    others = ABSENT if _same(q_segments, kv_segments) else kv_segments
+    return out, (q_NHK, k_MGK, v_MGK, o, ABSENT if lse is None else lse, q_segments, others, sinks_H)
 
 
 @prepared
@@ -610,6 +611,7 @@ def attention_bwd(
     added to what their buffers hold.
     """
     q, k, v, o, lse, q_segments, kv_segments, sinks = residuals
+    kv_segments = q_segments if kv_segments is ABSENT else kv_segments
     (N, H, K), (M, G, _) = q.shape, k.shape
     where, group = q.device, H // G
     do, dlse = dy if isinstance(dy, tuple) else (dy, ABSENT)
@@ -735,6 +737,10 @@ def _by_tma(*tensors: Tensor) -> bool:
         and t.stride(0) % 8 == 0 and t.stride(1) % 8 == 0 and t.shape[1] * t.stride(1) < 2**31
         for t in tensors
     )  # fmt: skip
+
+
+def _same(q: Segments, kv: Segments) -> bool:
+    return q.starts_S is kv.starts_S and q.ends_S is kv.ends_S and q.max_len == kv.max_len
 
 
 def _segments(q: Segments, kv: Segments) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
