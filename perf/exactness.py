@@ -212,7 +212,7 @@ def losses_hold(
     for name, found in pairs.items():
         yield {"losses": name, **found}
     own, *theirs, spread, _ = (found["mean"] for found in pairs.values())
-    yield {"losses": "within the spread of transformers' own", "holds": own <= max(*theirs, spread)}
+    yield {"losses": "no further from float32 than transformers' own", "holds": own <= max(*theirs, spread)}
 
 
 def policies_hold(model: Model, params: Any, rank: int, ids: Tensor) -> Iterator[dict[str, Any]]:
