@@ -289,8 +289,8 @@ class Config(NamedTuple):
 
 
 # "large" is the fastest of six tiles in each product of Mixtral's and Qwen3-30B-A3B's shapes on an H100 80GB HBM3 with
-# Triton 3.6.0 (perf/LOG.md), and of ten "decode" is at 4 and 8 rows for each expert and "few" from 16 to 120 (within
-# 2 %); the others are chosen for occupancy and checked for spills.
+# Triton 3.6.0 (perf/LOG.md), and at 64 rows for each expert; of ten "decode" is at 4 to 12 and "few" at 16 to 31, within
+# 2 %. The others are chosen for occupancy and checked for spills.
 CONFIGS = {
     "large": Config(128, 256, 64, 8, 3),  # Hopper; fits no other part's shared memory
     "medium": Config(128, 128, 64, 8, 3, 2),
@@ -335,17 +335,18 @@ def configuration(
     each = rows / experts
     if dtype == torch.float32:
         return CONFIGS["fp32" if each > 16 else "fp32 few"]
-    if each <= 10:
+    if each <= 12:
         return CONFIGS["decode"]
     if cols <= 64:
         return CONFIGS["narrow" if cols <= 16 else "narrow 32" if cols <= 32 else "narrow 64"]
     if device.capability(where)[0] != 9:
         return CONFIGS["portable few" if each <= 96 else "portable"]
-    # Addresses of single elements, for which "few" and "large" have no registers.
-    if each <= 128:
-        return CONFIGS["few ragged" if cols % 16 or inner % 128 else "few"]
-    ragged = cols % 16 or inner % 64
-    return CONFIGS["large" if cols > 128 and not ragged else "medium"]
+    # Otherwise addresses of single elements, for which "few" and "large" have no registers.
+    if each <= 48 and not (cols % 16 or inner % 128):
+        return CONFIGS["few"]
+    if each > 48 and cols > 128 and not (cols % 16 or inner % 64):
+        return CONFIGS["large"]
+    return CONFIGS["few ragged" if each <= 96 else "medium"]
 
 
 def weight_configuration(rows: int, cols: int, dtype: torch.dtype, where: torch.device) -> Config:
