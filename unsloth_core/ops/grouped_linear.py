@@ -289,8 +289,8 @@ class Config(NamedTuple):
 
 
 # "large" is the fastest of six tiles in each product of Mixtral's and Qwen3-30B-A3B's shapes on an H100 80GB HBM3 with
-# Triton 3.6.0 (perf/LOG.md), and at 64 rows for each expert; of ten "decode" is at 4 to 12 and "few" at 16 to 31, within
-# 2 %. The others are chosen for occupancy and checked for spills.
+# Triton 3.6.0 (perf/LOG.md), also from 64 rows for each expert; of ten "decode" is at 4 to 12 and "few" at 16 to 31,
+# within 2 %. The others are chosen for occupancy and checked for spills.
 CONFIGS = {
     "large": Config(128, 256, 64, 8, 3),  # Hopper; fits no other part's shared memory
     "medium": Config(128, 128, 64, 8, 3, 2),
