@@ -52,8 +52,8 @@ class SwiGLU(torch.autograd.Function):
     """(2, N, F) -> (N, F).
 
     Unsloth calls the kernels from the backward of a whole MLP, which has no more use for gate and up and wants the
-    output once more: backward writes the output over the cotangent and both gradients over gate and up, which is why
-    they are not autograd's to save."""
+    output once more: backward writes the output over the cotangent, the gradient of up over gate, and that of gate over
+    up, which is why they are not autograd's to save."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ PEERS = {
     "layer_norm": lambda x, w, b: Fast_Layernorm.apply(x, w, b, 1e-5),
     "rope": Peer(rope, lambda q, k, cos, sin: (fresh(q), fresh(k), *angles(cos, sin, q))),
     "qk_norm_rope": Peer(qk_norm_rope, lambda q, k, wq, wk, cos, sin: (q, k, wq, wk, *angles(cos, sin, q))),
-    "glu": Peer(SwiGLU.apply, halves, lambda gradient: torch.cat([*gradient], -1)),
+    "glu": Peer(SwiGLU.apply, halves, lambda gradient: torch.cat([*gradient.flip(0)], -1)),
     "cross_entropy": lambda logits, targets: Fast_CrossEntropyLoss.apply(logits, targets, 0, 0),
     "linear_lora": lora,
     "linear_lora_nf4": Peer(lora, adapted),
