@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -22,7 +23,7 @@ from matplotlib.patches import Patch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that a plain checkout is enough
 
-from perf.ops import is_peer  # noqa: E402
+from perf import ops  # noqa: E402
 from unsloth_core.catalogue import RECORDS, Row, read_records  # noqa: E402
 
 OURS, PEER, INK = "#3d8bd9", "#8f959c", "#727a83"
@@ -55,16 +56,17 @@ class Pair:
 
 
 def pairs(rows: Sequence[Row]) -> list[Pair]:
-    """Every op at the first shape that was measured of it, in the order of the records."""
+    """Every op at the first shape that was measured of it, in the order of a forward pass."""
     first: dict[str, list[int]] = {}
     found = []
-    peers = [row for row in rows if is_peer(row["impl"])]
+    order = [case.op for case in ops.cases(torch.device("cpu"))]
+    peers = [row for row in rows if ops.is_peer(row["impl"])]
     for ours in (row for row in rows if row["impl"] == "ours"):
         if first.setdefault(ours["op"], ours["shape"]) != ours["shape"]:
             continue
         same = [p for p in peers if all(p[key] == ours[key] for key in SAME)]
         found.append(Pair(ours, min(same, key=lambda row: row["ms"], default=None)))
-    return found
+    return sorted(found, key=lambda pair: order.index(pair.ours["op"]))
 
 
 def ceilings(rows: Sequence[Row]) -> tuple[float, float]:
