@@ -267,8 +267,8 @@ def _side(residuals: Any, rstd: Tensor, dy: Tensor, needs_x: bool, needs_w: bool
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
     partial = None
     if needs_w:
-        dtype = w.dtype if programs == 1 else torch.float32
-        partial = torch.empty((programs, x.shape[2]), dtype=dtype, device=x.device)
+        shape, dtype = (w.shape, w.dtype) if programs == 1 else ((programs, x.shape[2]), torch.float32)
+        partial = torch.empty(shape, dtype=dtype, device=x.device)
     return (x, w, rstd, dy, dx, partial), (*x.stride(), *dy.stride())
 
 
@@ -278,8 +278,8 @@ def _gradients(side: Any) -> tuple[Any, Any]:
     dx = ABSENT if dx is None else dx
     if partial is None:
         return dx, ABSENT
-    if partial.shape[0] == 1:
-        return dx, partial.view(-1)
+    if partial.ndim == 1:
+        return dx, partial
     dw = torch.empty(w.shape, dtype=w.dtype, device=w.device)
     sum_partials(partial, dw)
     return dx, dw
