@@ -132,6 +132,17 @@ def test_every_option_of_adapters_and_places_at_once(model, examples, loaded, tm
     assert_one_line(other, "was made with another model")
 
 
+def test_a_tied_head_is_where_the_embedding_is(examples, tmp_path):
+    tied = write_folder(tmp_path / "tied", tie_word_embeddings=True)
+    done = finetune(tied, examples, "--head", "nf4", "--output", tmp_path / "out")
+    assert_one_line(done, "--head is nf4, but the head of", "is its embedding: --embed says where that is")
+    done = unsloth_core("plan", tied, "--tokens", 64, "--embed", "nf4", "--head", "host")
+    assert_one_line(done, "plan: embed is 'nf4' and head 'host', but this model's head is its embedding")
+    for places in (("--embed", "nf4"), ("--embed", "nf4", "--head", "nf4"), ("--head", "nf4", "--memory", "1GiB")):
+        done = finetune(tied, examples, *places, "--steps", 1, "--no-resume", "--output", tmp_path / "out")
+        assert done.exit_code == 0, done.stderr
+
+
 @pytest.mark.parametrize("text", ["x", "q_proj=", "q_proj=2,v_proj", "0", "v_proj=0", "nothing=3"])
 def test_ranks_that_are_none_are_refused(text, model, examples, tmp_path):
     done = finetune(model, examples, "--rank", text, "--output", tmp_path / "out")

@@ -212,6 +212,8 @@ def finetune(
             _say(f"{best.describe()}: {best.peak / 2**30:.2f} GiB predicted; `unsloth-core plan` shows what else fits")
         places = {"embed": planned.best.embed, "head": planned.best.head} if planned else _places(embed, head)
         bound, params = _load(model, device, dtype, quantize, **places)
+        if params.head is tree.ABSENT and head not in (None, embed) and not planned:
+            raise ValueError(f"--head is {head}, but the head of {model} is its embedding: --embed says where that is")
         if resume and (last := checkpoint.newest(checkpoints)):
             _say(f"Going on from {last}; --no-resume would start over.")
         try:

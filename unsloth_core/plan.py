@@ -133,6 +133,8 @@ def plan(
             raise ValueError(f"plan: {name} is {place!r}, expected one of {PLACES} or None")
     limit = parse_bytes(budget) if isinstance(budget, str) else budget
     run = Rehearsal(model, tokens, **step)
+    if run.shape.config.tie_word_embeddings and embed != head and embed and head:
+        raise ValueError(f"plan: embed is {embed!r} and head {head!r}, but this model's head is its embedding")
     found: list[Candidate] = []
     with backend.using("triton"):  # whatever the user tries here: it is the GPU's step that is planned
         for schedules in _stages(run):
