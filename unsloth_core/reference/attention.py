@@ -29,11 +29,8 @@ def attention(
     :mod:`unsloth_core.ops.attention`. ``sinks_H`` joins the softmax of rows that see a key, as gpt-oss has it.
 
     Memory is O(H·N·M). Gradients come from autograd and are zero, never NaN, for rows that see nothing. Raises
-    ValueError for heads that do not share keys evenly, other dtypes, and a window or cap that means nothing.
+    ValueError for shapes that do not fit, other dtypes, and a window or cap that means nothing.
     """
-    if k_MGK.shape[1] == 0 or q_NHK.shape[1] % k_MGK.shape[1]:
-        heads, kv_heads = q_NHK.shape[1], k_MGK.shape[1]
-        raise ValueError(f"attention: {heads} query heads, expected a multiple of the {kv_heads} key heads")
     segments = {"q_segments": q_segments, "kv_segments": kv_segments}
     check_attention("attention", q_NHK, k_MGK, v_MGK, segments, sinks_H)
     if window is not None and not (isinstance(window, int) and 1 <= window < 2**30):

@@ -30,7 +30,16 @@ def check_angles(op: str, **named: Tensor) -> None:
 
 
 def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, segments: dict[str, Segments], sinks: Any) -> None:
-    """Raises ValueError unless queries, keys and values are of one kind, and bounds of segments are int32."""
+    """Raises ValueError unless shapes fit, queries, keys and values are of one kind, and bounds of segments are
+    int32."""
+    if q.ndim != 3:
+        raise ValueError(f"{op}: q has shape {tuple(q.shape)}, expected (N, H, K)")
+    if k.ndim != 3 or k.shape[2] != q.shape[2]:
+        raise ValueError(f"{op}: k has shape {tuple(k.shape)}, expected (M, G, {q.shape[2]})")
+    if v.shape != k.shape:
+        raise ValueError(f"{op}: v has shape {tuple(v.shape)}, expected that of k, {tuple(k.shape)}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{op}: {q.shape[1]} query heads, expected a multiple of the {k.shape[1]} key heads")
     check_floats(op, q=q)
     for name, t in (("k", k), ("v", v)):
         if t.dtype != q.dtype:

@@ -10,8 +10,12 @@ from .nf4 import dequantize
 
 def embedding(ids_N: Tensor, w_VD: Tensor | NF4, *, scale: float = 1.0) -> Tensor:
     """``w[ids] * scale``, (N, D) in w's dtype, the product rounded once; NaN where the id is outside [0, V)."""
+    if ids_N.ndim != 1:
+        raise ValueError(f"embedding: ids has shape {tuple(ids_N.shape)}, expected (N,)")
     if ids_N.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"embedding: ids has dtype {ids_N.dtype}, expected int32 or int64")
+    if len(w_VD.shape) != 2:
+        raise ValueError(f"embedding: w has shape {tuple(w_VD.shape)}, expected (V, D)")
     if isinstance(w_VD, NF4):
         w_VD = dequantize(w_VD)
     check_floats("embedding", w=w_VD)

@@ -24,6 +24,9 @@ def grouped_linear(
     """
     check_floats("grouped_linear", x=x)
     order_P, positions_NT, offsets = plan
+    if positions_NT.ndim != 2 or order_P.shape != (positions_NT.numel(),) or offsets.ndim != 1:
+        shapes = ", ".join(str(tuple(t.shape)) for t in plan)
+        raise ValueError(f"grouped_linear: plan has shapes {shapes}, expected (N·T,), (N, T) with T > 0 and (E+1,)")
     for name, t in zip(("order", "positions", "offsets"), plan, strict=True):
         if t.dtype != torch.int32:
             got = f"{t.dtype} with strides {t.stride()}"
@@ -36,7 +39,13 @@ def grouped_linear(
     base, parts, rows = (w.base, w.parts, w.rows) if isinstance(w, Adapted) else (w, (), ())
     if isinstance(w, Adapted) and isinstance(w.key, Tensor):
         raise NotImplementedError("grouped_linear: w.key is given, but adapters of experts have no dropout")
+    if not isinstance(base, Stacked) and (len(base.shape) != 3 or base.shape[0] != E):
+        raise ValueError(f"grouped_linear: w has shape {tuple(base.shape)}, expected (E, M, C) with E = {E}")
     base_EMC = _dense(base, E, x.dtype).to(wide)
+    rows_of_x, letters = (N, "N") if gates_NT is ABSENT else (N * T, "P = N·T")
+    if x.shape != (rows_of_x, base_EMC.shape[2]):
+        wanted = f"({letters}, C) = ({rows_of_x}, {base_EMC.shape[2]})"
+        raise ValueError(f"grouped_linear: x has shape {tuple(x.shape)}, expected {wanted}")
     x_PC = x.to(wide) if gates_NT is not ABSENT else x.to(wide)[order_P.to(torch.int64) // T]
     y_PM = x_PC.new_zeros(N * T, base_EMC.shape[1])
     for e in range(E):

@@ -20,6 +20,7 @@ def linear(x_NC: Tensor, w: Weight, bias: Tensor | Any = ABSENT, add: Tensor | A
     is dropped out, with its own.
     """
     check_floats("linear", x=x_NC)
+    _check_shapes(x_NC, w)
     base, parts, rows = (w.base, w.parts, w.rows) if isinstance(w, Adapted) else (w, (), ())
     wide = torch.promote_types(x_NC.dtype, torch.float32)
     x = x_NC.to(wide)
@@ -38,6 +39,30 @@ def linear(x_NC: Tensor, w: Weight, bias: Tensor | Any = ABSENT, add: Tensor | A
         updates = [_update(x_i, part, m, x_NC.dtype) for x_i, part, m in zip(inputs, parts, rows, strict=True)]
         y = y + torch.cat(updates, dim=-1)
     return (y if add is ABSENT else y + add.to(wide)).to(x_NC.dtype)
+
+
+def _check_shapes(x: Tensor, w: Weight) -> None:
+    """Raises ValueError where a product with ``w`` would not be one, or PyTorch would broadcast."""
+    base = w.base if isinstance(w, Adapted) else w
+    stack = base.parts if isinstance(base, Stacked) else (base,)
+    for part in stack:
+        if len(part.shape) != 2 or part.shape[1] != stack[0].shape[-1]:
+            expected = f"(M, {stack[0].shape[-1]})" if isinstance(base, Stacked) else "(M, C)"
+            raise ValueError(f"linear: w has shape {tuple(part.shape)}, expected {expected}")
+    m, c = sum(part.shape[0] for part in stack), stack[0].shape[1]
+    if x.ndim == 0 or x.shape[-1] != c:
+        raise ValueError(f"linear: x has shape {tuple(x.shape)}, expected (..., C) with C = {c}")
+    if not isinstance(w, Adapted):
+        return
+    if len(w.parts) != len(w.rows) or sum(w.rows) != m:
+        count = len(w.parts)
+        raise ValueError(f"linear: w.rows is {w.rows} for {count} parts, expected {count} numbers with sum {m}")
+    for i, (part, m_i) in enumerate(zip(w.parts, w.rows, strict=True)):
+        if part is not ABSENT:
+            for leaf, t, shape in (("a", part.a, (part.a.shape[0], c)), ("b", part.b, (m_i, part.a.shape[0]))):
+                if t.shape != shape:
+                    got = f"w.parts[{i}].{leaf} has shape {tuple(t.shape)}"
+                    raise ValueError(f"linear: {got}, expected {tuple(shape)}")
 
 
 def _dense(w: Tensor | NF4 | Stacked, dtype: torch.dtype) -> Tensor:

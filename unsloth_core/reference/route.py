@@ -13,8 +13,12 @@ def route(
     logits_NE: Tensor, valid_N: Tensor | Any = ABSENT, *, top_k: int, renormalise: bool = True
 ) -> tuple[Tensor, ...]:
     """``(gates_NT, experts_NT, order_P, positions_NT, offsets, prob_sums_E, counts_E)``; see ``ops/route.py``."""
+    if logits_NE.ndim != 2 or logits_NE.shape[1] == 0:
+        raise ValueError(f"route: logits has shape {tuple(logits_NE.shape)}, expected (N, E) with E > 0")
     check_floats("route", logits=logits_NE)
     N, E = logits_NE.shape
+    if not 1 <= top_k <= E:
+        raise ValueError(f"route: top_k is {top_k}, expected 1 to E = {E}")
     where = logits_NE.device
     z = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
     probs = torch.softmax(z, dim=-1)
