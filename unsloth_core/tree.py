@@ -117,12 +117,14 @@ def pytree(cls: type[_T]) -> type[_T]:
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     children = [f.name for f in fields if not f.metadata.get("static")]
     statics = [f.name for f in fields if f.metadata.get("static")]
+    names = [*children, *statics]
 
     def from_children(values: Iterable[Any], context: tuple[Any, ...]) -> Any:
         # Not cls(...): a tree of booleans, gradients or holes has the same shape and none of the validation.
         node = object.__new__(cls)
-        node.__dict__.update(zip(children, values, strict=True))
-        node.__dict__.update(zip(statics, context, strict=True))
+        fields = node.__dict__
+        for name, value in zip(names, (*values, *context), strict=True):  # quicker than update
+            fields[name] = value
         return node
 
     def to_keyed_children(node: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
@@ -130,7 +132,7 @@ def pytree(cls: type[_T]) -> type[_T]:
         return list(zip(keys, to_children(node), strict=True)), to_context(node)
 
     to_children, to_context = _getter(children), _getter(statics)
-    _NODES[cls] = _Node(to_children, to_context, _setter(cls, children, statics), lambda _: children)
+    _NODES[cls] = _Node(to_children, to_context, from_children, lambda _: children)
     _FLAT.clear()  # a tuple with one of these was flat until now
     pt.register_pytree_node(  # foreign code (torch.compile, torch.export) sees the same nodes
         cls,
@@ -153,56 +155,34 @@ def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
     return lambda node: (one(node),)
 
 
-def _setter(cls: type, children: list[str], statics: list[str]) -> Callable[[list[Any], Any], Any]:
-    """What ``from_children`` does, written down: in a third of the time."""
-    of = [f"{''.join([f'fields[{name!r}], ' for name in names])}" for names in (children, statics)]
-    lines = ["def build(values, context):", "node = new(cls)", "fields = node.__dict__"]
-    lines += [f"{names}= {source}" for names, source in zip(of, ("values", "context"), strict=True) if names]
-    scope: dict[str, Any] = {"new": object.__new__, "cls": cls}
-    exec("\n    ".join([*lines, "return node"]), scope)
-    return scope["build"]
-
-
 # Structures of tuples of leaves and holes, by the types of their members: what the arguments of most ops are.
 _FLAT: dict[tuple[type, ...], Spec] = {}
 _SPECS: dict[tuple[Any, ...], Spec] = {}  # all others, by what a walk from the top meets
-_TAKERS: dict[Any, list[tuple[Callable[[Any], list[Any] | None], Spec]]] = {}  # of those met twice, by their top
-_BUILDERS: dict[Spec, Callable[..., Any]] = {}
-_SPECS_KEPT, _TAKERS_KEPT = 1024, 8
+_SPECS_KEPT = 1024
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Spec]:
     """The leaves in a fixed order, and the structure that :func:`unflatten` puts them back into."""
-    top: Any = tree.__class__
-    if top is tuple:
-        top = tuple([child.__class__ for child in tree])
-        flat = _FLAT.get(top)
+    if tree.__class__ is tuple:
+        flat = _FLAT.get(tuple([child.__class__ for child in tree]))
         if flat is not None:
             return (list(tree) if flat.num_leaves == len(tree) else [x for x in tree if x is not ABSENT]), flat
-    takers = _TAKERS.get(top, ())
-    for take, spec in takers:
-        found = take(tree)
-        if found is not None:
-            return found, spec
-    found, met = [], []
+    found: list[Any] = []
+    met: list[Any] = []
     _walk((tree,), found, met)
     key = tuple(met)
     try:
         spec = _SPECS.get(key)
     except TypeError:  # a static that has no hash
         return found, _flatten(tree, [])
-    if spec is not None:
-        if len(takers) < _TAKERS_KEPT:
-            _TAKERS.setdefault(top, []).append((_taker(spec), spec))
-        return found, spec
-    spec = _flatten(tree, [])
-    if spec.flat:
-        _FLAT[top] = spec
-    else:
-        if len(_SPECS) >= _SPECS_KEPT:
-            for known in (_SPECS, _TAKERS, _BUILDERS):
-                known.clear()
-        _SPECS[key] = spec
+    if spec is None:
+        spec = _flatten(tree, [])
+        if spec.flat:
+            _FLAT[tuple([child.__class__ for child in tree])] = spec
+        else:
+            if len(_SPECS) >= _SPECS_KEPT:
+                _SPECS.clear()
+            _SPECS[key] = spec
     return found, spec
 
 
@@ -222,37 +202,6 @@ def _walk(values: Iterable[Any], found: list[Any], met: list[Any]) -> None:
             children = node.children(value)
             met += (kind, len(children), node.context(value))
             _walk(children, found, met)
-
-
-def _taker(spec: Spec) -> Callable[[Any], list[Any] | None]:
-    """``tree -> its leaves`` for one structure, None for a tree of another: written down, quicker than a walk."""
-    lines, leaves_, count = ["def take(t0):"], [], itertools.count(1)
-    values: dict[str, Any] = {"nodes": _NODES, "ABSENT": ABSENT, "Tensor": Tensor}
-
-    def add(spec: Spec, name: str) -> None:
-        if spec is _LEAF:
-            leaves_.append(name)
-            lines.append(f"if {name}.__class__ is not Tensor and {name}.__class__ in nodes: return None")
-            return
-        if spec is _HOLE:
-            lines.append(f"if {name} is not ABSENT: return None")
-            return
-        node, below = _NODES[spec.kind], [f"t{next(count)}" for _ in spec.children]  # type: ignore[index]
-        values[f"kind_{name}"], values[f"children_{name}"] = spec.kind, node.children
-        lines.append(f"if {name}.__class__ is not kind_{name}: return None")
-        if spec.kind in (tuple, list, dict):
-            lines.append(f"if len({name}) != {len(below)}: return None")
-        if spec.context:
-            values[f"is_{name}"], values[f"context_{name}"] = spec.context, node.context
-            lines.append(f"if context_{name}({name}) != is_{name}: return None")
-        if below:
-            lines.append(f"{', '.join(below)}, = " + (name if spec.kind is tuple else f"children_{name}({name})"))
-        for child, child_name in zip(spec.children, below, strict=True):
-            add(child, child_name)
-
-    add(spec, "t0")
-    exec("\n    ".join([*lines, f"return [{', '.join(leaves_)}]"]), values)
-    return values["take"]
 
 
 def opened(value: Tree) -> tuple[tuple[Any, ...], Any] | None:
@@ -282,31 +231,24 @@ def _flatten(tree: Tree, found: list[Any]) -> Spec:
 
 def unflatten(leaves_: Iterable[Any], spec: Spec) -> Tree:
     """The inverse of :func:`flatten`."""
-    build = _BUILDERS.get(spec)
-    if build is None:
-        build = _BUILDERS[spec] = _builder(spec)
-    return build(*leaves_)
+    if not spec.flat:
+        return _unflatten(spec, iter(leaves_))
+    if spec.num_leaves == len(spec.children):
+        return tuple(leaves_)
+    rest = iter(leaves_)
+    return tuple([next(rest) if child is _LEAF else ABSENT for child in spec.children])
 
 
-def _builder(spec: Spec) -> Callable[..., Any]:
-    """``*leaves -> tree`` of one structure, as one expression."""
-    values: dict[str, Any] = {"ABSENT": ABSENT}
-    names = [f"t{i}" for i in range(spec.num_leaves)]
-    rest = iter(names)
-
-    def of(spec: Spec) -> str:
-        if spec.kind is None:
-            return next(rest)
-        if spec.kind is _Absent:
-            return "ABSENT"
-        below = "".join([of(child) + ", " for child in spec.children])
-        if spec.kind is tuple:
-            return f"({below})"
-        name = len(values)
-        values[f"build{name}"], values[f"context{name}"] = _NODES[spec.kind].build, spec.context
-        return f"build{name}([{below}], context{name})"
-
-    return eval(f"lambda {', '.join(names)}: {of(spec)}", values)
+def _unflatten(spec: Spec, leaves_: Iterator[Any]) -> Tree:
+    if spec.kind is None:
+        return next(leaves_)
+    if spec is _HOLE:
+        return ABSENT
+    values = [
+        next(leaves_) if below is _LEAF else ABSENT if below is _HOLE else _unflatten(below, leaves_)
+        for below in spec.children
+    ]
+    return tuple(values) if spec.kind is tuple else _NODES[spec.kind].build(values, spec.context)
 
 
 def leaves(tree: Tree) -> list[Any]:
