@@ -136,12 +136,12 @@ def roofline(rows: Sequence[Row]) -> Figure:
     shown = pairs(rows)
     bytes_per_s, flops_per_s = ceilings(rows)
     ridge, peak = flops_per_s / bytes_per_s, flops_per_s / 1e12
-    figure = Figure(figsize=(9.2, 5.2))
+    figure = Figure(figsize=(9.8, 6.2))
     ax = figure.subplots()
     ax.set_xscale("log")
     ax.set_yscale("log")
     intensities = [_intensity(pair.ours) for pair in shown]
-    low, high = min(intensities) / 2, max(*intensities, ridge) * 4
+    low, high = min(intensities) / 2, max(*intensities, ridge) * 60
     ax.plot([low, ridge, high], [low * bytes_per_s / 1e12, peak, peak], color=INK, linewidth=1)
     ax.text(high, 1.15 * peak, f"bf16 product: {peak:.3g} TFLOP/s", ha="right")
     ax.text(ridge / 1.4, peak, f"copy: {bytes_per_s / 1e9:,.0f} GB/s", ha="right")
@@ -152,8 +152,8 @@ def roofline(rows: Sequence[Row]) -> Figure:
             ax.plot(x, pair.peer["tflops"], marker, color=PEER, markersize=4.5, fillstyle="none", zorder=2)
         ax.plot(x, pair.ours["tflops"], marker, color=OURS, markersize=4.5, zorder=3)
     named = [pair for pair in shown if pair.ours["direction"] != "bwd"]
-    _names(ax, [pair for pair in named if _intensity(pair.ours) < ridge], "left", at=9.0, top=peak / 60)
-    _names(ax, [pair for pair in named if _intensity(pair.ours) >= ridge], "right", at=1.6 * ridge, top=peak / 4)
+    _names(ax, [pair for pair in named if _intensity(pair.ours) < ridge], at=9.0, top=peak / 60)
+    _names(ax, [pair for pair in named if _intensity(pair.ours) >= ridge], at=high / 50, top=peak / 1.7)
     kinds = [("unsloth_core", OURS, "full"), ("fastest peer", PEER, "none")]
     ax.legend(
         [Line2D([], [], color=color, marker="o", linestyle="", fillstyle=fill) for _, color, fill in kinds]
@@ -172,13 +172,12 @@ def _intensity(row: Row) -> float:
     return 1e3 * row["tflops"] / row["gbps"]
 
 
-def _names(ax: Axes, named: Sequence[Pair], side: str, at: float, top: float) -> None:
+def _names(ax: Axes, named: Sequence[Pair], at: float, top: float) -> None:
     """A column of names from ``top`` down, each with a line to its point."""
-    line = {"arrowstyle": "-", "color": INK, "linewidth": 0.4, "shrinkA": 2, "shrinkB": 3}
-    line["relpos"] = (0 if side == "left" else 1, 0.5)
+    line = {"arrowstyle": "-", "color": INK, "linewidth": 0.4, "shrinkA": 2, "shrinkB": 3, "relpos": (0, 0.5)}
     for i, pair in enumerate(sorted(named, key=lambda pair: -pair.ours["tflops"])):
-        point, place = (_intensity(pair.ours), pair.ours["tflops"]), (at, top / 1.5**i)
-        ax.annotate(pair.ours["op"], point, place, ha=side, va="center", fontsize=8, arrowprops=line)
+        point, place = (_intensity(pair.ours), pair.ours["tflops"]), (at, top / 1.4**i)
+        ax.annotate(pair.ours["op"], point, place, ha="left", va="center", fontsize=8, arrowprops=line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

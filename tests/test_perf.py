@@ -40,7 +40,7 @@ def test_every_op_is_measured():
     variants = {"softmax_wide", "cross_entropy_loss_and_grad", "linear_cross_entropy_low_memory"}
     variants |= {"linear_lora", "linear_lora_qkv", "linear_nf4", "linear_lora_nf4", "nf4_dequantize"}
     variants |= {"grouped_linear_combine", "grouped_linear_layer"}
-    variants |= {"nf4_quantize", "nf4_matvec", "adamw", "adamw_8bit"}
+    variants |= {"nf4_quantize", "nf4_matvec", "adamw", "adamw_8bit", "global_norm"}
     variants |= {f"attention_{what}" for what in ("head_64", "head_96", "head_256", "packed", "window")}
     assert set(uc.__all__) | variants == CASES.keys()
 

@@ -1,4 +1,4 @@
-"""One optimizer step over an 8B model's adapters."""
+"""One optimizer step over an 8B model's adapters, and the norm of their gradients."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,6 +8,7 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from unsloth_core import backend, optim, tree
 from unsloth_core.cost import Cost
+from unsloth_core.optim import clip
 from unsloth_core.weights import LoRA
 
 from ..peers import Peer
@@ -19,6 +20,39 @@ def cases() -> Iterator[Case]:
     yield _with("fp32")
     yield _with("8bit")
 
+    def leaves(r: Random, L: int, rank: int, D: int, F: int) -> tuple[Any, ...]:
+        return (_adapters(r, L, rank, D, F),)
+
+    def reference(grads: Any) -> Any:
+        with backend.using("reference"):
+            return optim.global_norm(grads)
+
+    yield Case(
+        op="global_norm",  # layers, rank, width, ffn
+        shapes=((32, RANK, 4096, 14336),),
+        small=(32, RANK, 64, 224),
+        tiny=(1, 2, 32, 48),
+        make=leaves,
+        ours=optim.global_norm,
+        peers={"torch": reference, "get_total_norm": lambda grads: torch.nn.utils.get_total_norm(tree.leaves(grads))},
+        costs=lambda args, *shape: {"fwd": clip.cost(sum(g.numel() for g in tree.leaves(args[0])))},
+        dtype=torch.float32,
+        compiles=False,
+    )
+
+
+def _adapters(r: Random, L: int, rank: int, D: int, F: int) -> dict[str, LoRA]:
+    """Of all seven products."""
+    matrices = {"q": (D, D), "k": (D // 4, D), "v": (D // 4, D), "o": (D, D)}
+    matrices |= {"gate": (F, D), "up": (F, D), "down": (D, F)}
+    return {
+        f"{i}.{name}": LoRA(
+            a=r.normal(rank, cols, dtype=torch.float32), b=r.normal(rows, rank, dtype=torch.float32), scale=1.0
+        )
+        for i in range(L)
+        for name, (rows, cols) in matrices.items()
+    }
+
 
 def _with(states: str) -> Case:
     options = {"lr": 2e-4, "weight_decay": 0.01}
@@ -27,19 +61,7 @@ def _with(states: str) -> Case:
 
     def make(r: Random, L: int, rank: int, D: int, F: int) -> tuple[Any, ...]:
         """Parameters, gradients, state, and the counters that PyTorch keeps per parameter."""
-        matrices = {"q": (D, D), "k": (D // 4, D), "v": (D // 4, D), "o": (D, D)}
-        matrices |= {"gate": (F, D), "up": (F, D), "down": (D, F)}
-
-        def adapters() -> dict[str, LoRA]:
-            return {
-                f"{i}.{name}": LoRA(
-                    a=r.normal(rank, cols, dtype=torch.float32), b=r.normal(rows, rank, dtype=torch.float32), scale=1.0
-                )
-                for i in range(L)
-                for name, (rows, cols) in matrices.items()
-            }
-
-        params, grads, m, v = (adapters() for _ in range(4))
+        params, grads, m, v = (_adapters(r, L, rank, D, F) for _ in range(4))
         step = torch.full((), 3, dtype=torch.int64, device=r.generator.device)
         counters = tuple(step.float().repeat(len(tree.leaves(params))).unbind())
         state = optim.AdamWState(step=step, m=m, v=tree.map(torch.square, v))
