@@ -273,7 +273,7 @@ def _experts(call: Calls, r: Random, target: Target) -> None:
         call(f"route of {E} valid={valid}", op, args, lambda logits, *valid: (logits,))
     E, T, M, C = 8, 2, 1024, 512
     for dtype in _dtypes(target):
-        for tokens in (8, 256, 4096):
+        for tokens in (8, 128, 4096):
             gates, _, *plan, _, _ = uc.route(r.normal(tokens, E), top_k=T)
             forms = {"gather": (r.normal(tokens, C, dtype=dtype),)}
             forms["combine"] = (r.normal(tokens * T, C, dtype=dtype), gates, r.normal(tokens, M, dtype=dtype))
@@ -283,7 +283,7 @@ def _experts(call: Calls, r: Random, target: Target) -> None:
                     args = (x, w, tuple(plan), *more)
                     call(f"grouped_linear {form} {tokens} {dtype} {name}", uc.grouped_linear, args, wanted)
     # Operands that TMA cannot address, or whose last step reaches into the next expert.
-    for tokens in (256, 4096):
+    for tokens in (128, 4096):
         _, _, *plan, _, _ = uc.route(r.normal(tokens, E), top_k=T)
         for M, C in ((1000, 1000), (520, 1024)):
             args = (r.normal(tokens, C), r.normal(E, M, C), tuple(plan))
