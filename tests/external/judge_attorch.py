@@ -69,6 +69,8 @@ class GLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.act_func not in ACTIVATIONS:
             skip("a gated unit with an activation other than silu and gelu")
+        if x.shape[-1] == 1:
+            skip("a gated unit of one channel, which the test's own chunk(2) does not halve")
         with torch.autocast(x.device.type, enabled=False):  # PyTorch's cat has no fp16 under a CPU's autocast
             up, gate = _checked(x).chunk(2, -1)
             return op("glu")(torch.cat([gate, up], -1), act=ACTIVATIONS[self.act_func])
