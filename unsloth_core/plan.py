@@ -126,9 +126,9 @@ def plan(
 
     ``model``: one that is loaded (``quantize`` says then how its weights are stored), or the content of a
     ``config.json``, which says itself where a checkpoint is in bitsandbytes' 4 bits. ``budget``: bytes, or text such as
-    "24GiB"; by default no limit. ``embed``, ``head``: where they are, as for ``load``; None lets the plan choose between
-    device and host (a tied head is where the embedding is). ``step``: the keywords of :func:`predict`. A pure function
-    of these.
+    "24GiB"; by default no limit. ``embed``, ``head``: where they are, as for ``load``; None lets the plan choose
+    between device and host (a tied head is where the embedding is). ``step``: the keywords of :func:`predict`. A pure
+    function of these.
     Raises ValueError for options that are not such, and if nothing fits, with the smallest budget that would."""
     for name, place in (("embed", embed), ("head", head)):
         if place not in (None, *PLACES):
