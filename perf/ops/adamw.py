@@ -30,7 +30,7 @@ def cases() -> Iterator[Case]:
     yield Case(
         op="global_norm",  # layers, rank, width, ffn
         shapes=((32, RANK, 4096, 14336),),
-        small=(32, RANK, 64, 224),
+        small=(32, RANK, 4096, 14336),
         tiny=(1, 2, 32, 48),
         make=leaves,
         ours=optim.global_norm,
