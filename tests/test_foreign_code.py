@@ -184,6 +184,18 @@ def test_some_arguments_want_a_gradient(op):
         assert_same_up_to_order(alone.float(), full[i].float())
 
 
+@pytest.mark.parametrize("shape", [(6,), (2, 3)], ids=str)
+def test_the_output_of_a_product_may_be_changed(shape):
+    """``y = linear(x, w); y += 1`` as with PyTorch's; at every call, for the third is a prepared one."""
+    x, w = torch.randn(*shape, 16, device=DEVICE, requires_grad=True), torch.randn(8, 16, device=DEVICE)
+    for _ in range(4):
+        y = ops.linear(x, w)
+        (wanted,) = torch.autograd.grad(y.square().sum(), x)
+        z = ops.linear(x, w)
+        z *= y.detach()
+        assert torch.equal(torch.autograd.grad(z.sum(), x)[0] * 2, wanted)
+
+
 @each_op
 def test_a_gradient_is_not_differentiated_again(op):
     """Also where the first cotangent has no history and PyTorch's own guard lets it pass as a constant."""

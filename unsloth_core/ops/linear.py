@@ -81,7 +81,9 @@ def linear_fwd(
     wants_a, wants_b = _wanted(needs_parts, "a"), _wanted(needs_parts, "b")
     keeps_x = wants_a or wants_b or tree.any(needs_base)
     keeps_u = wants_b and not dropped
-    return y.view(y_shape), (x_NC if keeps_x else ABSENT, w, Spare(value=u_NR) if keeps_u else ABSENT)
+    if x_NC.ndim != 2:  # no view: PyTorch would refuse ``y += ...`` of a view that was made in here
+        y = torch.ops.aten._unsafe_view(y, y_shape)
+    return y, (x_NC if keeps_x else ABSENT, w, Spare(value=u_NR) if keeps_u else ABSENT)
 
 
 @prepared

@@ -20,7 +20,7 @@ def linear(x_NC: Tensor, w: Weight, bias: Tensor | Any = ABSENT, add: Tensor | A
     is dropped out, with its own.
     """
     check_floats("linear", x=x_NC)
-    _check_shapes(x_NC, w)
+    _check(x_NC, w)
     base, parts, rows = (w.base, w.parts, w.rows) if isinstance(w, Adapted) else (w, (), ())
     wide = torch.promote_types(x_NC.dtype, torch.float32)
     x = x_NC.to(wide)
@@ -41,14 +41,16 @@ def linear(x_NC: Tensor, w: Weight, bias: Tensor | Any = ABSENT, add: Tensor | A
     return (y if add is ABSENT else y + add.to(wide)).to(x_NC.dtype)
 
 
-def _check_shapes(x: Tensor, w: Weight) -> None:
-    """Raises ValueError where a product with ``w`` would not be one, or PyTorch would broadcast."""
+def _check(x: Tensor, w: Weight) -> None:
+    """Raises ValueError where PyTorch would broadcast or promote, or speak for itself."""
     base = w.base if isinstance(w, Adapted) else w
     stack = base.parts if isinstance(base, Stacked) else (base,)
     for part in stack:
         if len(part.shape) != 2 or part.shape[1] != stack[0].shape[-1]:
             expected = f"(M, {stack[0].shape[-1]})" if isinstance(base, Stacked) else "(M, C)"
             raise ValueError(f"linear: w has shape {tuple(part.shape)}, expected {expected}")
+        if isinstance(part, Tensor) and part.dtype != x.dtype:
+            raise ValueError(f"linear: w has dtype {part.dtype}, expected {x.dtype} like x")
     m, c = sum(part.shape[0] for part in stack), stack[0].shape[1]
     if x.ndim == 0 or x.shape[-1] != c:
         raise ValueError(f"linear: x has shape {tuple(x.shape)}, expected (..., C) with C = {c}")
@@ -68,11 +70,7 @@ def _check_shapes(x: Tensor, w: Weight) -> None:
 def _dense(w: Tensor | NF4 | Stacked, dtype: torch.dtype) -> Tensor:
     if isinstance(w, Stacked):
         return torch.cat([_dense(part, dtype) for part in w.parts])
-    if isinstance(w, NF4):
-        return dequantize(w).to(dtype)
-    if w.dtype != dtype:  # no promotion
-        raise ValueError(f"linear: w has dtype {w.dtype}, expected {dtype} like x")
-    return w
+    return dequantize(w).to(dtype) if isinstance(w, NF4) else w
 
 
 def _update(x: Tensor, part: Any, rows: int, dtype: torch.dtype) -> Tensor:
