@@ -180,8 +180,8 @@ def test_some_arguments_want_a_gradient(op):
             other.requires_grad_(other is t)
         outputs = [o for o in tree.leaves(ours(*args)) if o.requires_grad]
         (alone,) = torch.autograd.grad(outputs, t, [torch.ones_like(o) for o in outputs])
-        assert alone.dtype == full[i].dtype
-        assert_same_up_to_order(alone.float(), full[i].float())
+        assert alone.dtype == full[i].dtype  # sums may run in another order before they are rounded
+        torch.testing.assert_close(alone, full[i], rtol=2**-7, atol=2**-7 * float(full[i].abs().max()))
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3)], ids=str)
