@@ -233,6 +233,11 @@ def _products(call: Calls, r: Random, target: Target) -> None:
             if name == "three adapters":
                 dropped = dataclasses.replace(w, key=torch.stack([r.ids(2, 1000)] * 3), dropout=0.1)
                 call(f"linear {rows} {name} with dropout", uc.linear, (args[0], dropped, *args[2:]), wanted)
+        if name == "two adapters of rank 64":
+            for rows in (N, 1):
+                args = tuple(_cast(arg, FP32) for arg in (r.normal(rows, C), w, r.normal(M), r.normal(rows, M)))
+                wanted = lambda x, w, bias, add, trained=trained: (x, *trained(w), bias)  # noqa: E731
+                call(f"linear {rows} {name} fp32", uc.linear, args, wanted)
     # Products that linear leaves to cuBLAS; tests and measurements run ours.
     for dtype, rows, cols, inner in (
         *((BF16, *size, inner) for size in ((4096, 4096), (1536, 2048), (512, 512)) for inner in (4096, 1000)),

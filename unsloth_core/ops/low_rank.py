@@ -408,6 +408,7 @@ class Thin(NamedTuple):
 CONFIGS = {
     "onto ranks": Thin(32, 256, 4, 4),
     "onto ranks, few tokens": Thin(16, 256, 4, 3),
+    "onto ranks, fp32": Thin(32, 64, 4, 3),  # no tensor cores: longer steps spill, and fill an A100's shared memory
     "gradients": Thin(64, 64, 4, 4),  # inner: columns of a tile
     "both sides": Thin(64, 256, 8, 3),  # inner: columns of dy of a tile
     "interpreted": Thin(32, 64, 4, 2),
@@ -481,9 +482,14 @@ def packed(which: Adapters, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _thin(tokens: int, capability: tuple[int, int]) -> tuple[Thin, dict[str, Any]]:
+def _thin(tokens: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Thin, dict[str, Any]]:
     """The configuration of a pass over so many tokens, and its options."""
-    name = "interpreted" if device.interpreting() else "onto ranks" if tokens > 16 else "onto ranks, few tokens"
+    if device.interpreting():
+        name = "interpreted"
+    elif dtype == torch.float32:
+        name = "onto ranks, fp32"
+    else:
+        name = "onto ranks" if tokens > 16 else "onto ranks, few tokens"
     config = CONFIGS[name]
     # sm_86, sm_89 and sm_120 have 99 KiB of shared memory, where more stages would not fit.
     stages = min(config.stages, 2) if capability in ((8, 6), (8, 9), (12, 0)) else config.stages
@@ -494,7 +500,7 @@ def _thin(tokens: int, capability: tuple[int, int]) -> tuple[Thin, dict[str, Any
 def forward(which: Adapters, x: Tensor) -> tuple[Tensor, Tensor]:
     """``x a^T`` (N, R), and v (M, R) in x's dtype."""
     (n, c), (m, _), width = x.shape, which.shape, which.width
-    config, options = _thin(n, device.capability(x.device))
+    config, options = _thin(n, x.dtype, device.capability(x.device))
     u, ranks = x.new_empty((n, width)), min(_RANKS, device.next_power_of_2(width))
     jobs = device.cdiv(n, config.tokens) * device.cdiv(width, ranks)
     options = {**options, "BLOCK_R": ranks, "EVEN_K": c % config.inner == 0}
@@ -514,7 +520,7 @@ def backward(which: Adapters, dy: Tensor, tiles: int, *, pack: bool) -> tuple[Te
     """``dy v`` (N, R), with ``pack`` a (R, C) in dy's dtype, and as many zeros as :func:`gradients` has ``tiles`` to
     count the arrivals of."""
     n, c, width, each = dy.shape[0], which.shape[1], which.width, which.ranks
-    config, options = _thin(n, device.capability(dy.device))
+    config, options = _thin(n, dy.dtype, device.capability(dy.device))
     t, arrived = dy.new_empty((n, width)), dy.new_empty((tiles,), dtype=torch.int32) if tiles else None
     ranks = min(_RANKS, device.next_power_of_2(max(16, *each)))
     blocks_r = device.cdiv(max(*each, width - sum(each[:-1])), ranks)  # the last adapter's t has the padding too
