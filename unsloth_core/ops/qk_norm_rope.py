@@ -322,8 +322,9 @@ def qk_norm_rope_fwd(
     of_q, of_k = needs[0] or needs[2], needs[1] or needs[3]
     rstd = q_rstd = k_rstd = None
     if of_q or of_k:
-        rstd = torch.empty(N * (H * of_q + G * of_k), dtype=torch.float32, device=q_NHK.device)
-        q_rstd, k_rstd = rstd[: N * H] if of_q else None, rstd[N * H * of_q :] if of_k else None
+        rows_q, rows_k = N * H if of_q else 0, N * G if of_k else 0
+        rstd = torch.empty(rows_q + rows_k, dtype=torch.float32, device=q_NHK.device)
+        q_rstd, k_rstd = rstd[:rows_q] if of_q else None, rstd[rows_q:] if of_k else None
     blocks = _tile(H, G, K, J, _FORWARD_PAIRS)
     launch(
         _forward, (cdiv(N, blocks["BLOCK_T"]),),
