@@ -490,9 +490,8 @@ def _dq(
     lse, delta = _statistics(
         delta, wide, ok, L, DLSE, SINKS, PARTS, i // BM, tl.cdiv(N, BM), head, l_n, l_h, dl_n, dl_h
     )
-    own = head.to(tl.int64) * P + i + r
-    tl.store(LSE + own, lse)
-    tl.store(DELTA + own, delta)
+    tl.store(LSE + head.to(tl.int64) * P + i + r, lse, mask=ok)
+    tl.store(DELTA + head.to(tl.int64) * P + i + r, delta, mask=ok)
 
     c = tl.arange(0, BN)
     dq, dq2 = tl.zeros((BM, K1), tl.float32), tl.zeros((BM, W2), tl.float32)
@@ -522,11 +521,6 @@ def _dq(
     put(DQ + at, offset, ok, dq * scale, HEAD, 0, K1, False)
     if K2 > 0:
         put(DQ + at, offset, ok, dq2 * scale, HEAD, K1, K2, False)
-    if i + BM >= N:  # what is behind the last row is multiplied by zeros, so it has to be finite
-        for behind in range(i + BM, P, BM):
-            tail, zero = behind + r, tl.zeros((BM,), tl.float32)
-            tl.store(LSE + head.to(tl.int64) * P + tail, zero, mask=tail < P)
-            tl.store(DELTA + head.to(tl.int64) * P + tail, zero, mask=tail < P)
 
 
 # ---- the op
@@ -637,7 +631,8 @@ def attention_bwd(
     parts = None
     if sinks is not ABSENT and needs[5]:
         parts = torch.empty((H, device.cdiv(P if apart else N, rows)), dtype=torch.float32, device=where)
-    lse_h, delta = torch.empty((2, H, P), dtype=torch.float32, device=where).unbind()
+    # What is behind the last row is multiplied by zeros, so it has to be finite.
+    lse_h, delta = (torch.empty if apart else torch.zeros)((2, H, P), dtype=torch.float32, device=where).unbind()
     dlse = None if dlse is ABSENT else dlse
     of_rows = (*o.stride(), *do.stride()) if apart else o.stride()
     of_rows = (*of_rows, *lse.stride(), *((0, 0) if dlse is None else dlse.stride()))
