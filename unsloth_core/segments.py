@@ -14,8 +14,8 @@ class Segments:
     """Row ``i`` belongs to segment ``s`` iff ``starts_S[s] <= i < ends_S[s]``; starts ascend, segments do not overlap.
 
     ``starts_S``, ``ends_S``: (S,) int32 on the device; empty segments (start == end) are allowed. ``max_len``: a
-    host bound on the length of a segment (in rows). All lie within the rows of the tensors that they describe: what their
-    values are is known to the device alone, so no op can refuse others."""
+    host bound on the length of a segment (in rows). All lie within the rows of the tensors that they describe: the
+    device alone knows the values, so no op can refuse others."""
 
     starts_S: Tensor
     ends_S: Tensor
