@@ -202,10 +202,10 @@ def test_for_how_long_decoded_weights_stay_is_counted_and_chosen(monkeypatch):
     few = {**LLAMA_8B, "vocab_size": 1024}
     with backend.using("triton"):
         for quantize, expected in (("nf4", 436_207_616 - 234_881_024), (None, 0)):
-            r = runs(few, 64, quantize=quantize)
+            r = runs(few, 16, quantize=quantize)  # so few that what the two peaks have of the tokens' own is nothing
             once, twice = (r.whole(Schedule({}, decode_once=o)).peaks for o in (True, False))
             place = "the backward pass of the last layer but one"
-            assert once[place] - twice[place] == pytest.approx(expected, abs=2e6)  # 64 tokens and adapters
+            assert once[place] - twice[place] == pytest.approx(expected, abs=1e5)
     monkeypatch.setattr(sys.modules["unsloth_core.plan"], "_policies", lambda *chains: [{INPUT: OFFLOAD}])
     raw, places = {**wide(3), "vocab_size": 64}, {"embed": "device", "head": "device"}
     least = predict(raw, 64, Schedule({INPUT: OFFLOAD}, decode_once=False), quantize="nf4", **places).peak
@@ -223,16 +223,20 @@ LAST = {
 }
 
 
-@pytest.mark.parametrize("row", LAST.values(), ids=lambda row: f"{row['quant']}-{row['bs']}x{row['seq']}")
-def test_every_measured_peak_is_within_5_percent_of_the_prediction(row):
-    """The last of each configuration in the records, by the planner as it is now."""
+def predicted(row):
+    """By the planner as it is now, of the configuration of a row."""
     raw, quantize = random_model.raw_config(row["shape"]), None if row["quant"] == "none" else row["quant"]
-    found = predict(
+    return predict(
         raw, row["bs"] * row["seq"], schedule_of(row["policy"]), embed=row["embed"], head=row["head"],
         sequence=row["seq"], rank=row["rank"], quantize=quantize, optimizer_states=row["optimizer_states"],
         capture=row["captured"],
     )  # fmt: skip
-    assert found.peak / 2**30 == pytest.approx(row["peak_alloc_gib"], rel=0.05)
+
+
+@pytest.mark.parametrize("row", LAST.values(), ids=lambda row: f"{row['quant']}-{row['bs']}x{row['seq']}")
+def test_every_measured_peak_is_within_5_percent_of_the_prediction(row):
+    """The last of each configuration in the records, by the planner as it is now."""
+    assert predicted(row).peak / 2**30 == pytest.approx(row["peak_alloc_gib"], rel=0.05)
 
 
 RECENT = [row for row in LAST.values() if row["date"] > "2026-11-22T12"]
@@ -241,13 +245,7 @@ RECENT = [row for row in LAST.values() if row["date"] > "2026-11-22T12"]
 @pytest.mark.parametrize("row", RECENT, ids=lambda row: f"{row['shape']}-{row['quant']}-{row['bs']}x{row['seq']}")
 def test_measured_times_are_near_the_prediction(row):
     """Of the rows since the kernels are what they are; small models, whose GPU waits for launches, included."""
-    raw, quantize = random_model.raw_config(row["shape"]), None if row["quant"] == "none" else row["quant"]
-    found = predict(
-        raw, row["bs"] * row["seq"], schedule_of(row["policy"]), embed=row["embed"], head=row["head"],
-        sequence=row["seq"], rank=row["rank"], quantize=quantize, optimizer_states=row["optimizer_states"],
-        capture=row["captured"],
-    )  # fmt: skip
-    assert 1e3 * found.seconds == pytest.approx(row["ms"], rel=0.25)
+    assert 1e3 * predicted(row).seconds == pytest.approx(row["ms"], rel=0.25)
 
 
 def test_few_logits_are_not_free():
