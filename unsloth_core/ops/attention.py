@@ -157,7 +157,7 @@ TABLE: dict[tuple[str, int], Launch] = {  # by device class and largest head siz
 }
 # fmt: on
 _ROWS = 64  # of a program of _delta
-_FEW = 4  # tiles of queries, one after the other, take no longer than to launch what adds up shares of them
+_FEW = 4  # tiles of queries are not divided: what adds up shares of them would be one launch more for the host
 # Unequal, and small enough that a test of a hundred tokens walks several blocks in both directions.
 INTERPRETED = Launch(Tiles(64, 32, 4, 1), Tiles(32, 64, 4, 1), Tiles(64, 32, 4, 1))
 

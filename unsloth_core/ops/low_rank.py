@@ -8,10 +8,10 @@ x (N, C), dy (N, M), u and t (N, R); R is the sum of the ranks, padded with zero
 
 :func:`packed` writes a and v in the dtype of the tokens: they are operands of these passes, which read them once for
 every 32 tokens, and of the base product. From the fp32 leaves each warp would fetch twice the bytes, and round them
-again; that costs few tokens less than a launch, so up to FEW of them read leaves, to the same bits, while other
-programs pack what the base product will read. :func:`forward` and :func:`backward` read x and dy once for all adapters.
-:func:`both_sides` makes t and all dB_i from one pass over a large dy: t as fp32 sums over 256 columns, which a second
-kernel adds.
+again; of 1 and 16 tokens that took an H100 no longer than the launch it saves. Up to FEW of them read leaves, to the
+same bits, while other programs pack what the base product will read. :func:`forward` and :func:`backward` read x and
+dy once for all adapters. :func:`both_sides` makes t and all dB_i from one pass over a large dy: t as fp32 sums over 256
+columns, which a second kernel adds.
 
 Blocks are ranks x tokens, or ranks x columns, with at most 32 ranks: on Hopper that makes them products of one warp
 (mma.sync). Reads bound these kernels, and with 64 tokens x 16 ranks on the tensor cores of a warp group (wgmma) ptxas
